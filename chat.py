@@ -1,0 +1,830 @@
+"""A chat over WebSockets in one file: read it from top to bottom, once.
+
+Run it with ``python chat.py``, open the address that it prints, and keep
+``tutorial/README.md`` beside you. The sections have the order of the tutorial's
+chapters; ``grep '^# [0-9]' chat.py`` prints them.
+
+The way of a message::
+
+    browser --ws--> websocket() --> inbox --> Room.write(): ONE insert_many
+                                              for all that wait --> MongoDB
+                                                  |                    |
+                                                  |       change streams of the others
+                                                  v                    v
+    browser <--ws-- one frame, the same for all <-- Room.hear() <-- Room.read_on()
+
+Nobody sees a message before MongoDB has acknowledged it, and everybody sees all
+messages in one order: that of their numbers, 1, 2, 3, ... without a gap.
+"""
+
+# ---------------------------------------------------------------------------
+# 1. Introduction
+# ---------------------------------------------------------------------------
+# First what Python brings, then the five packages of requirements.txt, and
+# pymongo, which came with Motor.
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import sys
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from unicodedata import normalize
+
+import aiohttp_jinja2
+import jinja2
+from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp_session import get_session, new_session, session_middleware
+from aiohttp_session.cookie_storage import EncryptedCookieStorage
+from cryptography.exceptions import InvalidKey
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+from motor.motor_asyncio import AsyncIOMotorClient
+from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
+from pymongo.read_concern import ReadConcern
+
+# ---------------------------------------------------------------------------
+# 2. Structure
+# ---------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE / "data"  # the local database and the secret key; never in git
+
+# The settings (https://12factor.net/config). An empty one is an unset one.
+ENV = {name: value for name, value in os.environ.items() if value}
+MONGODB_URI = ENV.get("MONGODB_URI")  # none: the local database
+HOST, PORT = ENV.get("HOST", "127.0.0.1"), ENV.get("PORT", "8080")
+HTTPS = ENV.get("HTTPS") == "1"  # behind a router that speaks HTTPS for us
+
+PAGE, RECENT_MAX = 50, 500  # messages in a page, a query; in memory, for who comes back
+TEXT_MAX, KEY_MAX = 2_000, 64  # characters of a message, and of a client's name for it
+BODY_MAX = 64 * 1024  # bytes of a form, or of a WebSocket frame
+INBOX_MAX = 200  # messages that wait to be stored, by one insert; then their senders wait
+UNREAD_MAX = 1_000_000  # bytes that wait for one client, before we cut it off
+HEARTBEAT = 27  # seconds between pings; Heroku's router cuts after 55 of silence
+CLOSE_SECONDS = 1  # that a client has to answer our "close"
+DATABASE_SECONDS = 4  # for one answer; a message may wait for two, and 2 * 4 + 1 < 10
+PULSE_SECONDS = 10  # from one look at everything in the database to the next
+ONLINE_SECONDS = 35  # after a process's last sign of life, its users have left
+TURN_SECONDS = 0.02  # the longest pause that gives other processes their turn
+SESSION = timedelta(days=7)  # from the login, used or not
+WRONG_MAX, WRONG_TIME = 10, timedelta(minutes=5)  # wrong passwords; how long they count
+
+# A typed name for what the application carries. Unlike a string it cannot clash with a name
+# that some package has chosen.
+ROOM = web.AppKey("ROOM", "Room")
+
+
+def create_app():
+    """The whole application, on one screen."""
+    # A request passes them from left to right, its response comes back the other way.
+    middlewares = [error_pages, protect, sessions(), authorize, db_handler]
+    app = web.Application(middlewares=middlewares, client_max_size=BODY_MAX)
+    app.add_routes(routes())
+    set_up_templates(app)
+    app.on_response_prepare.append(add_headers)
+    # It runs up to its `yield` before the first request, and on from there after the last.
+    app.cleanup_ctx.append(database)
+    # Not in the clean-up: that begins when all handlers are done, and those of the
+    # WebSockets are never done by themselves.
+    app.on_shutdown.append(say_goodbye)
+    return app
+
+
+# ---------------------------------------------------------------------------
+# 3. Routes
+# ---------------------------------------------------------------------------
+
+
+def routes():
+    """The table of all routes; redirects and templates use the names."""
+    return [
+        web.get("/", chat_page, name="chat"),
+        web.get("/messages", older_messages, name="messages"),
+        web.get("/ws", websocket, name="websocket"),
+        web.view("/login", Login, name="login"),
+        web.view("/signup", Signup, name="signup"),
+        # Not GET: a link, or an image on any other site, would log people out.
+        web.post("/logout", logout, name="logout"),
+        web.static("/static", HERE / "static", name="static"),
+    ]
+
+
+# ---------------------------------------------------------------------------
+# 4. Request and response
+# ---------------------------------------------------------------------------
+
+
+@aiohttp_jinja2.template("chat.html")
+async def chat_page(request):
+    """The newest messages as a page; those before ``?before=`` without JavaScript."""
+    newest = request.app[ROOM].last + 1
+    return {"user": request["user"], "messages": await messages_before(request, str(newest))}
+
+
+async def older_messages(request):
+    """JSON: ``{"messages": [event, ...]}``."""
+    return web.json_response({"messages": await messages_before(request)}, dumps=encode)
+
+
+async def messages_before(request, default=""):
+    """The PAGE events just before number ``?before=``, oldest first."""
+    before = number(request.query.get("before", default))
+    before = min(before, request.app[ROOM].last + 1)  # BSON's integers have an end
+    return await read_messages(request["db"], max(before - PAGE, 1), before - 1)
+
+
+def number(text):
+    """A number from a query, or 400. `int` alone takes " 1_0", and chokes on "9" * 5000."""
+    if not re.fullmatch("-?[0-9]{1,100}", text):
+        raise web.HTTPBadRequest(text="This address lacks the number of a message.")
+    return int(text)
+
+
+async def websocket(request):
+    """The live chat: Room.join tells what comes first."""
+    room = request.app[ROOM]
+    after = number(request.query.get("after", str(room.last)) or "0")
+    # Refused is the size from max_msg_size on. Deflating for each client anew would halve the
+    # speed. And with that limit, sending never waits: Connection.send tells why.
+    ws = web.WebSocketResponse(
+        heartbeat=HEARTBEAT, max_msg_size=BODY_MAX + 1, compress=False, writer_limit=sys.maxsize
+    )
+    writer = await ws.prepare(request)
+    connection = Connection(ws, request)
+    try:
+        await room.join(connection, max(after, 0), writer)
+        async for frame in ws:
+            if frame.type is WSMsgType.BINARY:
+                await connection.close(WSCloseCode.UNSUPPORTED_DATA)
+            elif frame.type is WSMsgType.TEXT:
+                text, key = read_post(frame.data)
+                if text:  # waits while the inbox is full, and so does this client
+                    post = {
+                        "user": connection.user,
+                        "key": key or secrets.token_hex(16),
+                        "text": text,
+                    }
+                    await room.inbox.put((connection, key, post))
+                else:
+                    await connection.refuse(key, f"A message has 1 to {TEXT_MAX:,} characters.")
+    except (PyMongoError, TimeoutError):  # it has missed something, and must come again
+        await connection.close(WSCloseCode.TRY_AGAIN_LATER)
+    finally:
+        room.connections.discard(connection)
+        room.bell.set()
+    return ws
+
+
+def read_post(data):
+    """What a client sent: its text, stripped, or "" if it cannot be taken; its key or None."""
+    try:
+        post = json.loads(data)
+        text, key = post.get("text"), post.get("key")
+    except (ValueError, AttributeError, RecursionError):  # "[[[[[[..." goes deep
+        return "", None
+    good = is_text(text) and len(text.strip()) <= TEXT_MAX
+    good = good and (key is None or is_text(key) and 1 <= len(key) <= KEY_MAX)
+    return text.strip() if good else "", key
+
+
+def is_text(value):
+    """Whether UTF-8 can hold it: JSON and some charsets can spell lone surrogates."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+# "ж" as it is, not as \u0436: a third of the bytes.
+encode = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
+
+
+class Connection:
+    """An open WebSocket: whose it is, and how to send to it."""
+
+    def __init__(self, ws, request):
+        self.ws, self.transport = ws, request.transport
+        self.user, self.session = request["user"], request["session"]
+        self.live = False  # it has caught up, and is shown what comes
+
+    async def send(self, frame):
+        """Send a frame (a string), without ever waiting for the client.
+
+        If we waited, one that stops reading would hold up all the others. So what
+        it leaves unread waits in memory; when that is too much, we cut it off, and
+        the page connects again and says what it has seen.
+        """
+        if self.transport.get_write_buffer_size() > UNREAD_MAX:
+            self.transport.abort()
+        with contextlib.suppress(ConnectionError):  # it is closing anyway
+            await self.ws.send_str(frame)
+
+    async def refuse(self, key, reason):
+        """Tell this client alone that a message of its was not stored."""
+        named = {"key": key} if is_text(key) else {}
+        await self.send(encode([{"type": "error", "text": reason, **named}]))
+
+    async def close(self, code):
+        """Close it politely; with force if it does not even read our "close"."""
+        try:
+            await asyncio.wait_for(self.ws.close(code=code), CLOSE_SECONDS)
+        except TimeoutError:
+            self.transport.abort()
+
+
+class Form(web.View):
+    """What both forms do. A view has a method for each method of HTTP."""
+
+    async def get(self):
+        """The empty form, for who is not signed in."""
+        if self.request["user"]:
+            raise web.HTTPSeeOther("/")
+        return self.page(200)
+
+    head = get
+
+    def page(self, status, login="", fault=None):
+        """The form, with the login that was typed, and what is wrong."""
+        template = f"{self.request.match_info.route.name}.html"
+        context = {"login": login, "fault": fault}
+        return aiohttp_jinja2.render_template(template, self.request, context, status=status)
+
+    async def fields(self):
+        """The login and the password that were posted."""
+        # An unknown charset, bytes that are not of it, a torn body, a file.
+        with contextlib.suppress(LookupError, ValueError, web.RequestPayloadError):
+            form = await self.request.post()
+            fields = form.get("login", ""), form.get("password", "")
+            if all(map(is_text, fields)):
+                return fields
+        raise web.HTTPBadRequest(text="This form cannot be read.")
+
+
+class Login(Form):
+    """``/login``."""
+
+    async def post(self):
+        """Check the password, and begin a session."""
+        login, password = await self.fields()
+        address = forwarded(self.request, "X-Forwarded-For") if HTTPS else self.request.remote
+        who = folded(login), address
+        user = await in_time(self.request["db"].users.find_one({"_id": folded(login)}))
+        async with HASHING:
+            if seconds := seconds_to_wait(who):
+                raise web.HTTPTooManyRequests(headers={"Retry-After": str(seconds)})
+            # For an unknown login, a hash that nothing matches: the time that the check
+            # takes must not tell which logins exist.
+            hashed = user["password"] if user else NOBODYS_HASH
+            try:
+                await asyncio.to_thread(Argon2id.verify_phc_encoded, password.encode(), hashed)
+            except InvalidKey:
+                WRONG.append((datetime.now(UTC), who))
+                return self.page(401, login, "wrong")
+        return await log_in(self.request, user["login"])
+
+
+class Signup(Form):
+    """``/signup``."""
+
+    async def post(self):
+        """Store a user, and begin a session."""
+        login, password = await self.fields()
+        named = re.fullmatch(r"\w{3,20}", normalize("NFKC", login))
+        if not named or not 8 <= len(password) <= 200:
+            return self.page(400, login, "password" if named else "login")
+        async with HASHING:
+            hashed = await asyncio.to_thread(hash_password, password)
+        user = {"_id": folded(login), "login": login, "password": hashed}
+        try:
+            await in_time(self.request["db"].users.insert_one(user))
+        except DuplicateKeyError:
+            return self.page(409, login, "taken")
+        return await log_in(self.request, login)
+
+
+# ---------------------------------------------------------------------------
+# 5. Middlewares
+# ---------------------------------------------------------------------------
+
+
+@web.middleware
+async def error_pages(request, handler):
+    """Answer every error with a page of this site's own, and never a traceback."""
+    try:
+        return await handler(request)
+    except web.HTTPException as raised:
+        error = raised
+    except (PyMongoError, TimeoutError):
+        error = web.HTTPServiceUnavailable(text="The database does not answer. Try again soon.")
+    if error.status >= 400:  # redirects are raised, too
+        error.text = aiohttp_jinja2.render_string("error.html", request, {"error": error})
+        error.content_type = "text/html"
+    raise error
+
+
+@web.middleware
+async def protect(request, handler):
+    """HTTPS where it is set; no orders from other sites; no bodies beyond BODY_MAX."""
+    if HTTPS and forwarded(request, "X-Forwarded-Proto") == "http":
+        raise web.HTTPPermanentRedirect(f"https://{request.host}{request.path_qs}")
+    # A browser adds the cookie to whatever any site makes it send. Only the Origin tells
+    # which site that was; who sends none is no browser.
+    own = f"{'https' if HTTPS else 'http'}://{request.host}"
+    order = request.method not in {"GET", "HEAD"} or request.path == "/ws"
+    if order and request.headers.get("Origin", own) != own:
+        raise web.HTTPForbidden(text="This was sent from another site.")
+    return await handler(request)
+
+
+def forwarded(request, name):
+    """The last value of a header: the router's own. What precedes it, anyone wrote."""
+    return request.headers.getall(name, [""])[-1].rpartition(",")[2].strip()
+
+
+@web.middleware
+async def authorize(request, handler):
+    """Find out who asks, and show strangers to the login."""
+    name = request.match_info.route.name  # None: there is no such page (404, 405)
+    private = name in {"chat", "messages", "websocket", "logout"}
+    request["user"] = request["session"] = None
+    # A cookie that is not ASCII is none of ours; and the forms need no database.
+    with contextlib.suppress(UnicodeError, *(() if private else (PyMongoError, TimeoutError))):
+        session = await get_session(request)
+        if "id" in session and name != "static":
+            ended = request.app[ROOM].db.ended.find_one({"_id": session["id"]})
+            if not await in_time(ended):
+                request["user"], request["session"] = session["user"], session
+    if private and not request["user"]:  # a script cannot see where a redirect leads
+        raise web.HTTPUnauthorized() if name == "websocket" else web.HTTPSeeOther("/login")
+    return await handler(request)
+
+
+@web.middleware
+async def db_handler(request, handler):
+    """Hand the database to the handler: the only one that it knows of."""
+    request["db"] = request.app[ROOM].db
+    return await handler(request)
+
+
+async def add_headers(request, response):
+    """A signal: it runs before each response is sent, a WebSocket's or an error, too.
+
+    https://cheatsheetseries.owasp.org/cheatsheets/HTTP_Headers_Cheat_Sheet.html
+    """
+    response.headers.update(HEADERS)
+    response.headers["Cache-Control"] = caching(request)
+    if HTTPS:
+        response.headers["Strict-Transport-Security"] = "max-age=31536000"
+
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+# ---------------------------------------------------------------------------
+# 6. Databases
+# ---------------------------------------------------------------------------
+# Four collections; each document carries the `process` that wrote it.
+#   users     _id: the folded login; login, password (a PHC string)
+#   messages  _id: 1, 2, 3, ...; user, key, text, time, process
+#   online    _id: the process; users, until
+#   ended     _id: a session that was logged out; until
+
+
+async def database(app):
+    """Connect to MongoDB, keep the room's tasks running, and stop all that in the end."""
+    local = None if MONGODB_URI else start_local_database()
+    uri, limit = MONGODB_URI or local.uri, DATABASE_SECONDS * 1000
+    # "Acknowledged" means: by most servers of the replica set, and in their journals.
+    client = AsyncIOMotorClient(uri, timeoutMS=limit, tz_aware=True, w="majority", journal=True)
+    # Only replica sets (and clusters of them) can tell what has changed.
+    hello = await client.admin.command("hello")
+    shared = "setName" in hello or hello.get("msg") == "isdbgrid"
+    if not shared:
+        print("This MongoDB has no change streams: run a single process only.")
+    level = ReadConcern("majority" if shared else "local")
+    db = client.get_default_database("chat", read_concern=level)
+    await db.messages.create_index(["user", "key"], unique=True)
+    for collection in (db.online, db.ended):  # where documents go when their time is up
+        await collection.create_index("until", expireAfterSeconds=0)
+    app[ROOM] = room = Room(db)
+    room.last = max(await last_number(db) - RECENT_MAX, 0)
+    await room.look()
+    steps = [room.write, room.follow, *[room.listen] * shared]
+    tasks = [asyncio.create_task(forever(step)) for step in steps]
+    yield
+    for task in tasks:
+        task.cancel()
+    with contextlib.suppress(PyMongoError, TimeoutError):  # nobody is here any more
+        await asyncio.wait_for(room.look_who_is_online(), CLOSE_SECONDS)
+    client.close()
+    if local:
+        local.stop()
+
+
+def start_local_database():
+    """Start SecantusDB, which speaks MongoDB's protocol, as a part of this process."""
+    from secantus.server import SecantusDBServer  # on Heroku there is none
+
+    DATA.mkdir(exist_ok=True)
+    # Our own lock: the database's would print lines of its own. This one lasts until this
+    # process ends, however it ends.
+    fcntl.flock(os.open(DATA, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # Without sync_on_commit, `kill -9` loses what was acknowledged last.
+    local = SecantusDBServer(storage_path=str(DATA / "db"), sync_on_commit=True)
+    local.start()
+    print(f"The local database: {local.uri}")
+    return local
+
+
+# The driver keeps the same limit, but it has few threads: when they all wait for a
+# silent database, the next query waits for a thread first.
+in_time = partial(asyncio.wait_for, timeout=DATABASE_SECONDS)
+
+
+async def read_messages(db, first, last):
+    """The events with the numbers from `first` to `last`, in order.
+
+    The one query for messages. To ask for each number costs the same in a history of
+    any length; sorting, or a range, may cost a look at all of it.
+    """
+    numbers = {"_id": {"$in": list(range(first, last + 1))}}
+    found = await in_time(db.messages.find(numbers).sort("_id").to_list())
+    # Only up to the first gap: what is being inserted may be seen in any order.
+    return [event(each) for number, each in enumerate(found, first) if each["_id"] == number]
+
+
+async def last_number(db):
+    """The number of the newest message, or 0.
+
+    The numbers have no gaps, so we can find its digits (base 64) one by one.
+    """
+    last, step = 0, 64**7
+    while step:
+        guesses = {"_id": {"$in": [last + step * digit for digit in range(1, 64)]}}
+        found = await in_time(db.messages.find(guesses).to_list())
+        last, step = max([last, *(each["_id"] for each in found)]), step // 64
+    return last
+
+
+def event(document):
+    """A stored message, as the clients see it. BSON keeps milliseconds."""
+    shown = {name: document[name] for name in ("key", "user", "text")}
+    moment = document["time"].isoformat(timespec="milliseconds")
+    return {"type": "message", "id": document["_id"], **shown, "time": moment}
+
+
+async def forever(step):
+    """Repeat a step. Whatever happens in one must not end them all, in silence."""
+    while True:
+        try:
+            await step()
+        except Exception as error:
+            logging.warning("%s failed, and goes on: %r", step.__name__, error)
+            await asyncio.sleep(0.5)
+
+
+async def say_goodbye(app):
+    """Store what was received, then close all WebSockets at once (1001)."""
+    with contextlib.suppress(TimeoutError):  # aiohttp reads nothing more by now
+        await asyncio.wait_for(app[ROOM].inbox.join(), 2 * DATABASE_SECONDS)
+    await asyncio.gather(*(each.close(WSCloseCode.GOING_AWAY) for each in app[ROOM].connections))
+
+
+class Room:
+    """Who is here, what was said last, and the way of every message.
+
+    All processes on one database make one chat. Each keeps a picture of what is stored
+    there: messages, who is online, sessions that have ended. Whatever may have changed
+    it rings the bell, and look() takes it anew. So a ring too many does no harm, and one
+    that got lost is made up for.
+    """
+
+    def __init__(self, db):
+        self.db, self.process = db, secrets.token_hex(4)
+        self.connections, self.inbox = set(), asyncio.Queue(INBOX_MAX)
+        self.last = 0  # the number of the last message that was shown
+        self.recent = []  # the newest events, up to `last`
+        self.online, self.elsewhere = set(), set()  # logins
+        self.bell = asyncio.Event()
+        self.told = [], datetime.now(UTC)  # who is here, as the others know, and until when
+        self.looked = datetime.now(UTC)  # at the sessions that have ended
+
+    async def join(self, connection, after, writer):
+        """Say who is online, then every message `after` that number, then go live."""
+        await connection.send(
+            encode([{"type": "online", "users": sorted(self.online | {connection.user})}])
+        )
+        self.connections.add(connection)
+        self.bell.set()
+        if after > self.last:  # another process has told it more than we know
+            await self.read_on()
+        while after < self.last - len(self.recent):
+            await connection.send(encode(await read_messages(self.db, after + 1, after + PAGE)))
+            await writer.drain()  # here we may wait for this client, and do
+            after += PAGE
+        # From here on nothing waits, so that no new message falls between.
+        if missed := [each for each in self.recent if each["id"] > after]:
+            await connection.send(encode(missed))
+        connection.live = True
+
+    async def show(self, events, but=None):
+        """Send events to all: encoded once, one frame, the same for everybody.
+
+        No `await` in here really waits (see Connection.send). So every client is sent the
+        same frames in the same order.
+        """
+        frame = encode(events)
+        for connection in list(self.connections):
+            if connection.live if but is None else connection.user != but:
+                await connection.send(frame)
+
+    async def write(self):
+        """Store all that waits in the inbox, with one insert.
+
+        Meanwhile the next batch gathers. So the load makes the batches, and nobody ever
+        waits for a timer.
+        """
+        batch = [await self.inbox.get()]
+        while not self.inbox.empty():
+            batch.append(self.inbox.get_nowait())
+        rest = batch.copy()
+        try:
+            await in_time(self.store(rest))
+        finally:  # whatever happens, whose message is not known to be stored is told so
+            for connection, key, _ in rest:
+                await connection.refuse(key, "This message could not be stored.")
+                self.bell.set()  # it may be stored all the same
+            for _ in batch:
+                self.inbox.task_done()
+        if self.elsewhere:  # who wrote last knows the next number first: let others write
+            await asyncio.sleep(TURN_SECONDS * secrets.randbelow(100) / 100)
+
+    async def store(self, batch):
+        """Store and show the messages of a batch, and take them out of it.
+
+        The insert itself takes the numbers: where another process was faster, the unique
+        index on `_id` refuses ours, and we number the rest anew.
+        """
+        while batch:
+            refused, stamp = None, {"time": datetime.now(UTC), "process": self.process}
+            documents = [
+                {"_id": number, **post, **stamp}
+                for number, (_, _, post) in enumerate(batch, self.last + 1)
+            ]
+            try:
+                await self.db.messages.insert_many(documents)
+            except BulkWriteError as error:
+                refused = error.details["writeErrors"][0]
+                if refused["code"] != 11000 or error.details["writeConcernErrors"]:
+                    raise
+                documents = documents[: refused["index"]]
+            del batch[: len(documents)]
+            await self.hear([event(each) for each in documents])
+            if refused:  # either the number is taken, or the user has sent this key before
+                await self.read_on()
+                if "key" in refused["keyPattern"]:
+                    sender, _, post = batch.pop(0)
+                    stored = await self.db.messages.find_one(
+                        {"user": post["user"], "key": post["key"]}
+                    )
+                    await sender.send(encode([event(stored)]))
+
+    async def hear(self, events):
+        """Show stored messages, if another task has not shown them yet."""
+        if news := [each for each in events if each["id"] > self.last]:
+            self.last = news[-1]["id"]
+            self.recent = (self.recent + news)[-RECENT_MAX:]
+            await self.show(news)
+
+    async def read_on(self):
+        """Show what is stored after the last message that was shown."""
+        page = [None] * PAGE
+        while len(page) == PAGE:
+            page = await read_messages(self.db, self.last + 1, self.last + PAGE)
+            await self.hear(page)
+
+    async def listen(self):
+        """Ring the bell when another process has written something (a change stream)."""
+        others = {"$match": {"fullDocument.process": {"$ne": self.process}}}
+        async with self.db.watch([others]) as stream:
+            await stream.try_next()  # only this opens it
+            self.bell.set()  # for what came before
+            async for _ in stream:
+                self.bell.set()
+
+    async def follow(self):
+        """Look anew when the bell rings, and now and then all the same."""
+        await self.look()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.bell.wait(), PULSE_SECONDS)
+
+    async def look(self):
+        """Take the picture anew, and tell the clients what has changed."""
+        self.bell.clear()
+        await self.read_on()
+        await self.look_who_is_online()
+        await self.close_ended_sessions()
+
+    async def look_who_is_online(self):
+        """Tell the other processes who is here, and the clients who is elsewhere."""
+        now, users = datetime.now(UTC), sorted({each.user for each in self.connections})
+        if users != self.told[0] or now > self.told[1]:
+            until = now + timedelta(seconds=ONLINE_SECONDS)
+            mine = {"users": users, "until": until, "process": self.process}
+            await in_time(self.db.online.replace_one({"_id": self.process}, mine, upsert=True))
+            self.told = users, now + timedelta(seconds=PULSE_SECONDS)
+        others = self.db.online.find({"_id": {"$ne": self.process}, "until": {"$gt": now}})
+        found = await in_time(others.to_list())
+        self.elsewhere = {user for each in found for user in each["users"]}
+        before, self.online = self.online, self.elsewhere.union(users)
+        for user in self.online ^ before:
+            change = "joined" if user in self.online else "left"
+            await self.show([{"type": change, "user": user}], but=user)
+
+    async def close_ended_sessions(self):
+        """Close (1008) the WebSockets of sessions that someone has logged out of."""
+        # Since the last look, and a minute before that: clocks differ a little.
+        lately = {"until": {"$gt": self.looked + SESSION - timedelta(minutes=1)}}
+        now = datetime.now(UTC)
+        found = await in_time(self.db.ended.find(lately).to_list())
+        ended, self.looked = {each["_id"] for each in found}, now
+        gone = {each for each in self.connections if each.session["id"] in ended}
+        self.connections -= gone  # they hear nothing from now on
+        # We wait for none of them, but asyncio wants somebody to remember its tasks.
+        self.closing = asyncio.gather(*(each.close(WSCloseCode.POLICY_VIOLATION) for each in gone))
+
+
+# ---------------------------------------------------------------------------
+# 7. Templates
+# ---------------------------------------------------------------------------
+
+
+def set_up_templates(app):
+    """Have Jinja2 render the pages: https://aiohttp-jinja2.readthedocs.io
+
+    It escapes all that a template prints: what people write never becomes HTML.
+    """
+    loader = jinja2.FileSystemLoader(HERE / "templates")
+    environment = aiohttp_jinja2.setup(app, loader=loader, trim_blocks=True)
+    # It brings `url`, which makes a route's URL from its name. Its `static` knows
+    # nothing of versions, so we put our own in its place.
+    environment.globals.update(static=static_url, TEXT_MAX=TEXT_MAX, PAGE=PAGE)
+
+
+# ---------------------------------------------------------------------------
+# 8. Sessions and authorization
+# ---------------------------------------------------------------------------
+
+
+def sessions():
+    """The middleware of aiohttp-session: the cookie holds the session, encrypted."""
+    # A browser takes a __Host- cookie over HTTPS and from this very host only. A Lax one does
+    # not come along with what other sites' forms and scripts send.
+    name, week = "__Host-chat" if HTTPS else "chat", int(SESSION.total_seconds())
+    return session_middleware(
+        EncryptedCookieStorage(
+            secret_key(), cookie_name=name, max_age=week, secure=HTTPS, samesite="Lax"
+        )
+    )
+
+
+def secret_key():
+    """The 32 bytes that Fernet wants, made from SECRET_KEY or from a random key in data/."""
+    key, path = ENV.get("SECRET_KEY"), DATA / "secret-key"
+    if not key:
+        DATA.mkdir(exist_ok=True)
+        # "x": only if it is not there yet. The mode comes with the opening; a chmod would
+        # leave a moment in which everybody on this machine could read the key.
+        private = partial(os.open, mode=0o600)
+        with contextlib.suppress(FileExistsError), open(path, "x", opener=private) as file:
+            file.write(secrets.token_urlsafe(32))
+        key = path.read_text()
+    if len(key) < 16:
+        sys.exit("chat.py: SECRET_KEY is too short: use 16 characters or more")
+    return hashlib.sha256(os.fsencode(key)).digest()
+
+
+async def log_in(request, login):
+    """Begin a new session, and go to the chat."""
+    session = await new_session(request)
+    session.update(id=secrets.token_hex(16), user=login)
+    raise web.HTTPSeeOther("/")
+
+
+async def logout(request):
+    """End the session for good, on all processes, and go to the login."""
+    await request.read()  # what was sent along is unwanted, but if it is too big: 413
+    session = request["session"]
+    # Without this, a copy of the cookie would still open the door for days.
+    note = {"until": datetime.now(UTC) + SESSION, "process": request.app[ROOM].process}
+    ended = request["db"].ended
+    await in_time(ended.update_one({"_id": session["id"]}, {"$set": note}, upsert=True))
+    request.app[ROOM].bell.set()
+    session.invalidate()
+    raise web.HTTPSeeOther("/login")
+
+
+def folded(login):
+    """The form in which logins are compared: "STRASSE" is "Straße".
+
+    Unicode's rules for that: https://www.unicode.org/reports/tr31/#NFKC_Modifications
+    """
+    return normalize("NFKC", normalize("NFKC", login).casefold())
+
+
+def hash_password(password):
+    """A PHC string of Argon2id: 19 MiB, 2 passes, 1 lane, and its own salt.
+
+    https://cheatsheetseries.owasp.org/cheatsheets/Password_Storage_Cheat_Sheet.html
+    """
+    argon2 = Argon2id(salt=os.urandom(16), length=32, iterations=2, lanes=1, memory_cost=19456)
+    return argon2.derive_phc_encoded(password.encode())
+
+
+NOBODYS_HASH = hash_password(secrets.token_hex(16))
+
+
+# One password at a time: a hundred guesses sent at once are counted one by one, and the
+# other cores stay free for the chat.
+HASHING = asyncio.Lock()
+WRONG = []  # (time, who) of each wrong password; `who` is a folded login and an address
+
+
+def seconds_to_wait(who):
+    """How long `who` may not try to log in; 0 if it may. Forgets what is too old."""
+    start = datetime.now(UTC) - WRONG_TIME
+    WRONG[:] = [each for each in WRONG if each[0] > start]
+    times = [when for when, each in WRONG if each == who]
+    return int((times[0] - start).total_seconds()) + 1 if len(times) >= WRONG_MAX else 0
+
+
+# ---------------------------------------------------------------------------
+# 9. Static
+# ---------------------------------------------------------------------------
+
+
+def version(name):
+    """A hash of a static file's content. Read each time: it is never out of date."""
+    return hashlib.sha256((HERE / "static" / name).read_bytes()).hexdigest()[:12]
+
+
+def static_url(name):
+    """The URL of a static file, for templates: ``/static/chat.css?v=...``."""
+    return f"/static/{name}?v={version(name)}"
+
+
+def caching(request):
+    """What a browser may keep: a version of a file for a year, a page never."""
+    if request.match_info.route.name != "static":
+        return "no-store"
+    # Compared, not just there: during a deploy an old process may be asked for the
+    # new version, and its old file would be kept for a year.
+    with contextlib.suppress(OSError, ValueError):  # there is no such file
+        if request.query.get("v") == version(request.match_info["filename"]):
+            return "max-age=31536000, immutable"
+    return "no-cache"  # may be kept, but is asked for again each time
+
+
+# ---------------------------------------------------------------------------
+# 10. Deploying to Heroku
+# ---------------------------------------------------------------------------
+
+
+def main():
+    """Run until SIGTERM or Ctrl-C; or say why not, and end with status 1."""
+    # Each line at once, also where the output goes to a log.
+    sys.stdout.reconfigure(line_buffering=True)
+    if not re.fullmatch("[0-9]{1,5}", PORT):
+        sys.exit(f"chat.py: PORT is {PORT!r}: set it to a number up to 65535")
+    try:
+        # Heroku's router keeps connections for 90 s: we must not be the first to close.
+        web.run_app(
+            create_app(), host=HOST, port=int(PORT), keepalive_timeout=95, shutdown_timeout=1
+        )
+        return
+    except ImportError:
+        fault = "no local database here: pip install -r requirements-dev.txt, or set MONGODB_URI"
+    except BlockingIOError:
+        fault = f"another chat is using {DATA}: stop it, or set MONGODB_URI to its database"
+    except (OSError, UnicodeError, OverflowError) as error:
+        fault = f"{error}: check HOST, PORT and {DATA}"
+    except (PyMongoError, ValueError) as error:
+        # Without the error's text: parts of a mistyped password may be in it.
+        fault = f"MONGODB_URI does not work ({type(error).__name__}): check the address, the"
+        fault += " password, and whether the database runs and lets you in"
+    sys.exit(f"chat.py: {fault}")
+
+
+if __name__ == "__main__":
+    main()
