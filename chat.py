@@ -41,6 +41,7 @@ from unicodedata import normalize
 import aiohttp_jinja2
 import jinja2
 from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp.http import HttpProcessingError
 from aiohttp_session import get_session, new_session, session_middleware
 from aiohttp_session.cookie_storage import EncryptedCookieStorage
 from cryptography.exceptions import InvalidKey
@@ -69,7 +70,7 @@ INBOX_MAX = 200  # messages that wait to be stored, by one insert; then their se
 UNREAD_MAX = 1_000_000  # bytes that wait for one client, before we cut it off
 HEARTBEAT = 27  # seconds between pings; Heroku's router cuts after 55 of silence
 CLOSE_SECONDS = 1  # that a client has to answer our "close"
-DATABASE_SECONDS = 4  # for one answer; a message may wait for two, and 2 * 4 + 1 < 10
+DATABASE_SECONDS = 3  # for one answer; a message may wait for two, and our end for both
 PULSE_SECONDS = 10  # from one look at everything in the database to the next
 ONLINE_SECONDS = 35  # after a process's last sign of life, its users have left
 TURN_SECONDS = 0.02  # the longest pause that gives other processes their turn
@@ -256,7 +257,8 @@ class Form(web.View):
     async def fields(self):
         """The login and the password that were posted."""
         # An unknown charset, bytes that are not of it, a torn body, a file.
-        with contextlib.suppress(LookupError, ValueError, web.RequestPayloadError):
+        unreadable = LookupError, ValueError, web.RequestPayloadError, HttpProcessingError
+        with contextlib.suppress(*unreadable):
             form = await self.request.post()
             fields = form.get("login", ""), form.get("password", "")
             if all(map(is_text, fields)):
@@ -522,11 +524,12 @@ class Room:
 
     async def join(self, connection, after, writer):
         """Say who is online, then every message `after` that number, then go live."""
-        await connection.send(
-            encode([{"type": "online", "users": sorted(self.online | {connection.user})}])
-        )
+        if connection.user not in self.online:
+            self.online.add(connection.user)
+            await self.show([{"type": "joined", "user": connection.user}])
         self.connections.add(connection)
         self.bell.set()
+        await connection.send(encode([{"type": "online", "users": sorted(self.online)}]))
         if after > self.last:  # another process has told it more than we know
             await self.read_on()
         while after < self.last - len(self.recent):
@@ -538,7 +541,7 @@ class Room:
             await connection.send(encode(missed))
         connection.live = True
 
-    async def show(self, events, but=None):
+    async def show(self, events):
         """Send events to all: encoded once, one frame, the same for everybody.
 
         No `await` in here really waits (see Connection.send). So every client is sent the
@@ -546,7 +549,7 @@ class Room:
         """
         frame = encode(events)
         for connection in list(self.connections):
-            if connection.live if but is None else connection.user != but:
+            if connection.live or events[0]["type"] != "message":  # else older ones come first
                 await connection.send(frame)
 
     async def write(self):
@@ -647,10 +650,10 @@ class Room:
         others = self.db.online.find({"_id": {"$ne": self.process}, "until": {"$gt": now}})
         found = await in_time(others.to_list())
         self.elsewhere = {user for each in found for user in each["users"]}
-        before, self.online = self.online, self.elsewhere.union(users)
+        before, self.online = self.online, self.elsewhere | {each.user for each in self.connections}
         for user in self.online ^ before:
             change = "joined" if user in self.online else "left"
-            await self.show([{"type": change, "user": user}], but=user)
+            await self.show([{"type": change, "user": user}])
 
     async def close_ended_sessions(self):
         """Close (1008) the WebSockets of sessions that someone has logged out of."""
@@ -812,7 +815,7 @@ def main():
         web.run_app(
             create_app(), host=HOST, port=int(PORT), keepalive_timeout=95, shutdown_timeout=1
         )
-        return
+        os._exit(0)  # while the database is silent, the driver's threads would not let us go
     except ImportError:
         fault = "no local database here: pip install -r requirements-dev.txt, or set MONGODB_URI"
     except BlockingIOError:
