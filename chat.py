@@ -24,18 +24,18 @@ messages in one order: that of their numbers, 1, 2, 3, ... without a gap.
 # pymongo, which came with Motor.
 
 import asyncio
-import contextlib
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
-import secrets
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from unicodedata import normalize
 
 import aiohttp_jinja2
@@ -69,11 +69,8 @@ BODY_MAX = 64 * 1024  # bytes of a form, or of a WebSocket frame
 INBOX_MAX = 200  # messages that wait to be stored, by one insert; then their senders wait
 UNREAD_MAX = 1_000_000  # bytes that wait for one client, before we cut it off
 HEARTBEAT = 27  # seconds between pings; Heroku's router cuts after 55 of silence
-CLOSE_SECONDS = 1  # that a client has to answer our "close"
-DATABASE_SECONDS = 3  # for one answer; a message may wait for two, and our end for both
-PULSE_SECONDS = 10  # from one look at everything in the database to the next
-ONLINE_SECONDS = 35  # after a process's last sign of life, its users have left
-TURN_SECONDS = 0.02  # the longest pause that gives other processes their turn
+DATABASE_SECONDS, CLOSE_SECONDS = 3, 1  # for the database to answer, and a client our "close"
+PULSE_SECONDS, ONLINE_SECONDS = 10, 35  # from sign of life to sign of life; without one
 SESSION = timedelta(days=7)  # from the login, used or not
 WRONG_MAX, WRONG_TIME = 10, timedelta(minutes=5)  # wrong passwords; how long they count
 
@@ -124,9 +121,9 @@ def routes():
 
 @aiohttp_jinja2.template("chat.html")
 async def chat_page(request):
-    """The newest messages as a page; those before ``?before=`` without JavaScript."""
-    newest = request.app[ROOM].last + 1
-    return {"user": request["user"], "messages": await messages_before(request, str(newest))}
+    """The newest messages as a page; or those before ``?before=``, without JavaScript."""
+    newest = str(request.app[ROOM].last + 1)
+    return {"user": request["user"], "messages": await messages_before(request, newest)}
 
 
 async def older_messages(request):
@@ -167,15 +164,11 @@ async def websocket(request):
             elif frame.type is WSMsgType.TEXT:
                 text, key = read_post(frame.data)
                 if text:  # waits while the inbox is full, and so does this client
-                    post = {
-                        "user": connection.user,
-                        "key": key or secrets.token_hex(16),
-                        "text": text,
-                    }
+                    post = {"user": connection.user, "key": key or token_hex(16), "text": text}
                     await room.inbox.put((connection, key, post))
                 else:
                     await connection.refuse(key, f"A message has 1 to {TEXT_MAX:,} characters.")
-    except (PyMongoError, TimeoutError):  # it has missed something, and must come again
+    except (PyMongoError, TimeoutError, ConnectionError):  # it missed something: come again!
         await connection.close(WSCloseCode.TRY_AGAIN_LATER)
     finally:
         room.connections.discard(connection)
@@ -210,6 +203,7 @@ class Connection:
     def __init__(self, ws, request):
         self.ws, self.transport = ws, request.transport
         self.user, self.session = request["user"], request["session"]
+        self.until = datetime.fromtimestamp(self.session.created, UTC) + SESSION
         self.live = False  # it has caught up, and is shown what comes
 
     async def send(self, frame):
@@ -221,7 +215,7 @@ class Connection:
         """
         if self.transport.get_write_buffer_size() > UNREAD_MAX:
             self.transport.abort()
-        with contextlib.suppress(ConnectionError):  # it is closing anyway
+        with suppress(ConnectionError):  # it is closing anyway
             await self.ws.send_str(frame)
 
     async def refuse(self, key, reason):
@@ -248,17 +242,15 @@ class Form(web.View):
 
     head = get
 
-    def page(self, status, login="", fault=None):
-        """The form, with the login that was typed, and what is wrong."""
+    def page(self, status, **context):
+        """The form, with the login that was typed, and what is wrong (its `fault`)."""
         template = f"{self.request.match_info.route.name}.html"
-        context = {"login": login, "fault": fault}
         return aiohttp_jinja2.render_template(template, self.request, context, status=status)
 
     async def fields(self):
         """The login and the password that were posted."""
         # An unknown charset, bytes that are not of it, a torn body, a file.
-        unreadable = LookupError, ValueError, web.RequestPayloadError, HttpProcessingError
-        with contextlib.suppress(*unreadable):
+        with suppress(LookupError, ValueError, web.RequestPayloadError, HttpProcessingError):
             form = await self.request.post()
             fields = form.get("login", ""), form.get("password", "")
             if all(map(is_text, fields)):
@@ -285,7 +277,7 @@ class Login(Form):
                 await asyncio.to_thread(Argon2id.verify_phc_encoded, password.encode(), hashed)
             except InvalidKey:
                 WRONG.append((datetime.now(UTC), who))
-                return self.page(401, login, "wrong")
+                return self.page(401, login=login, fault="wrong")
         return await log_in(self.request, user["login"])
 
 
@@ -297,14 +289,14 @@ class Signup(Form):
         login, password = await self.fields()
         named = re.fullmatch(r"\w{3,20}", normalize("NFKC", login))
         if not named or not 8 <= len(password) <= 200:
-            return self.page(400, login, "password" if named else "login")
+            return self.page(400, login=login, fault="password" if named else "login")
         async with HASHING:
             hashed = await asyncio.to_thread(hash_password, password)
         user = {"_id": folded(login), "login": login, "password": hashed}
         try:
             await in_time(self.request["db"].users.insert_one(user))
         except DuplicateKeyError:
-            return self.page(409, login, "taken")
+            return self.page(409, login=login, fault="taken")
         return await log_in(self.request, login)
 
 
@@ -354,7 +346,7 @@ async def authorize(request, handler):
     private = name in {"chat", "messages", "websocket", "logout"}
     request["user"] = request["session"] = None
     # A cookie that is not ASCII is none of ours; and the forms need no database.
-    with contextlib.suppress(UnicodeError, *(() if private else (PyMongoError, TimeoutError))):
+    with suppress(UnicodeError, *(() if private else (PyMongoError, TimeoutError))):
         session = await get_session(request)
         if "id" in session and name != "static":
             ended = request.app[ROOM].db.ended.find_one({"_id": session["id"]})
@@ -410,8 +402,7 @@ async def database(app):
     # "Acknowledged" means: by most servers of the replica set, and in their journals.
     client = AsyncIOMotorClient(uri, timeoutMS=limit, tz_aware=True, w="majority", journal=True)
     # Only replica sets (and clusters of them) can tell what has changed.
-    hello = await client.admin.command("hello")
-    shared = "setName" in hello or hello.get("msg") == "isdbgrid"
+    shared = {"setName", "msg"} & (await client.admin.command("hello")).keys()
     if not shared:
         print("This MongoDB has no change streams: run a single process only.")
     level = ReadConcern("majority" if shared else "local")
@@ -422,12 +413,12 @@ async def database(app):
     app[ROOM] = room = Room(db)
     room.last = max(await last_number(db) - RECENT_MAX, 0)
     await room.look()
-    steps = [room.write, room.follow, *[room.listen] * shared]
+    steps = [room.write, room.follow, *[room.listen][: len(shared)]]
     tasks = [asyncio.create_task(forever(step)) for step in steps]
     yield
     for task in tasks:
         task.cancel()
-    with contextlib.suppress(PyMongoError, TimeoutError):  # nobody is here any more
+    with suppress(PyMongoError, TimeoutError):  # nobody is here any more
         await asyncio.wait_for(room.look_who_is_online(), CLOSE_SECONDS)
     client.close()
     if local:
@@ -481,9 +472,9 @@ async def last_number(db):
 
 def event(document):
     """A stored message, as the clients see it. BSON keeps milliseconds."""
-    shown = {name: document[name] for name in ("key", "user", "text")}
+    fields = {name: document[name] for name in ("key", "user", "text")}
     moment = document["time"].isoformat(timespec="milliseconds")
-    return {"type": "message", "id": document["_id"], **shown, "time": moment}
+    return {"type": "message", "id": document["_id"], **fields, "time": moment}
 
 
 async def forever(step):
@@ -498,7 +489,7 @@ async def forever(step):
 
 async def say_goodbye(app):
     """Store what was received, then close all WebSockets at once (1001)."""
-    with contextlib.suppress(TimeoutError):  # aiohttp reads nothing more by now
+    with suppress(TimeoutError):  # aiohttp reads nothing more by now
         await asyncio.wait_for(app[ROOM].inbox.join(), 2 * DATABASE_SECONDS)
     await asyncio.gather(*(each.close(WSCloseCode.GOING_AWAY) for each in app[ROOM].connections))
 
@@ -513,14 +504,13 @@ class Room:
     """
 
     def __init__(self, db):
-        self.db, self.process = db, secrets.token_hex(4)
+        self.db, self.process = db, token_hex(4)
         self.connections, self.inbox = set(), asyncio.Queue(INBOX_MAX)
         self.last = 0  # the number of the last message that was shown
         self.recent = []  # the newest events, up to `last`
         self.online, self.elsewhere = set(), set()  # logins
         self.bell = asyncio.Event()
         self.told = [], datetime.now(UTC)  # who is here, as the others know, and until when
-        self.looked = datetime.now(UTC)  # at the sessions that have ended
 
     async def join(self, connection, after, writer):
         """Say who is online, then every message `after` that number, then go live."""
@@ -561,17 +551,17 @@ class Room:
         batch = [await self.inbox.get()]
         while not self.inbox.empty():
             batch.append(self.inbox.get_nowait())
-        rest = batch.copy()
+        rest, start = batch.copy(), asyncio.get_running_loop().time()
         try:
             await in_time(self.store(rest))
         finally:  # whatever happens, whose message is not known to be stored is told so
             for connection, key, _ in rest:
                 await connection.refuse(key, "This message could not be stored.")
-                self.bell.set()  # it may be stored all the same
+            self.bell.set() if rest else None  # they may be stored all the same
             for _ in batch:
                 self.inbox.task_done()
-        if self.elsewhere:  # who wrote last knows the next number first: let others write
-            await asyncio.sleep(TURN_SECONDS * secrets.randbelow(100) / 100)
+        if self.elsewhere:  # who wrote last knows the next number first: now it's others' turn
+            await asyncio.sleep(asyncio.get_running_loop().time() - start)
 
     async def store(self, batch):
         """Store and show the messages of a batch, and take them out of it.
@@ -598,9 +588,8 @@ class Room:
                 await self.read_on()
                 if "key" in refused["keyPattern"]:
                     sender, _, post = batch.pop(0)
-                    stored = await self.db.messages.find_one(
-                        {"user": post["user"], "key": post["key"]}
-                    )
+                    same = {"user": post["user"], "key": post["key"]}
+                    stored = await self.db.messages.find_one(same)
                     await sender.send(encode([event(stored)]))
 
     async def hear(self, events):
@@ -612,9 +601,7 @@ class Room:
 
     async def read_on(self):
         """Show what is stored after the last message that was shown."""
-        page = [None] * PAGE
-        while len(page) == PAGE:
-            page = await read_messages(self.db, self.last + 1, self.last + PAGE)
+        while page := await read_messages(self.db, self.last + 1, self.last + PAGE):
             await self.hear(page)
 
     async def listen(self):
@@ -629,7 +616,7 @@ class Room:
     async def follow(self):
         """Look anew when the bell rings, and now and then all the same."""
         await self.look()
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             await asyncio.wait_for(self.bell.wait(), PULSE_SECONDS)
 
     async def look(self):
@@ -652,17 +639,14 @@ class Room:
         self.elsewhere = {user for each in found for user in each["users"]}
         before, self.online = self.online, self.elsewhere | {each.user for each in self.connections}
         for user in self.online ^ before:
-            change = "joined" if user in self.online else "left"
-            await self.show([{"type": change, "user": user}])
+            await self.show([{"type": "joined" if user in self.online else "left", "user": user}])
 
     async def close_ended_sessions(self):
         """Close (1008) the WebSockets of sessions that someone has logged out of."""
-        # Since the last look, and a minute before that: clocks differ a little.
-        lately = {"until": {"$gt": self.looked + SESSION - timedelta(minutes=1)}}
         now = datetime.now(UTC)
-        found = await in_time(self.db.ended.find(lately).to_list())
-        ended, self.looked = {each["_id"] for each in found}, now
-        gone = {each for each in self.connections if each.session["id"] in ended}
+        lately = {"until": {"$gt": now + SESSION - timedelta(hours=1)}}
+        ended = {each["_id"] for each in await in_time(self.db.ended.find(lately).to_list())}
+        gone = {c for c in self.connections if c.session["id"] in ended or c.until < now}
         self.connections -= gone  # they hear nothing from now on
         # We wait for none of them, but asyncio wants somebody to remember its tasks.
         self.closing = asyncio.gather(*(each.close(WSCloseCode.POLICY_VIOLATION) for each in gone))
@@ -694,12 +678,11 @@ def sessions():
     """The middleware of aiohttp-session: the cookie holds the session, encrypted."""
     # A browser takes a __Host- cookie over HTTPS and from this very host only. A Lax one does
     # not come along with what other sites' forms and scripts send.
-    name, week = "__Host-chat" if HTTPS else "chat", int(SESSION.total_seconds())
-    return session_middleware(
-        EncryptedCookieStorage(
-            secret_key(), cookie_name=name, max_age=week, secure=HTTPS, samesite="Lax"
-        )
+    name, seconds = "__Host-chat" if HTTPS else "chat", int(SESSION.total_seconds())
+    storage = EncryptedCookieStorage(
+        secret_key(), cookie_name=name, max_age=seconds, secure=HTTPS, samesite="Lax"
     )
+    return session_middleware(storage)
 
 
 def secret_key():
@@ -710,8 +693,8 @@ def secret_key():
         # "x": only if it is not there yet. The mode comes with the opening; a chmod would
         # leave a moment in which everybody on this machine could read the key.
         private = partial(os.open, mode=0o600)
-        with contextlib.suppress(FileExistsError), open(path, "x", opener=private) as file:
-            file.write(secrets.token_urlsafe(32))
+        with suppress(FileExistsError), open(path, "x", opener=private) as file:
+            file.write(token_hex(32))
         key = path.read_text()
     if len(key) < 16:
         sys.exit("chat.py: SECRET_KEY is too short: use 16 characters or more")
@@ -721,7 +704,7 @@ def secret_key():
 async def log_in(request, login):
     """Begin a new session, and go to the chat."""
     session = await new_session(request)
-    session.update(id=secrets.token_hex(16), user=login)
+    session.update(id=token_hex(16), user=login)
     raise web.HTTPSeeOther("/")
 
 
@@ -755,7 +738,7 @@ def hash_password(password):
     return argon2.derive_phc_encoded(password.encode())
 
 
-NOBODYS_HASH = hash_password(secrets.token_hex(16))
+NOBODYS_HASH = hash_password(token_hex(16))
 
 
 # One password at a time: a hundred guesses sent at once are counted one by one, and the
@@ -793,7 +776,7 @@ def caching(request):
         return "no-store"
     # Compared, not just there: during a deploy an old process may be asked for the
     # new version, and its old file would be kept for a year.
-    with contextlib.suppress(OSError, ValueError):  # there is no such file
+    with suppress(OSError, ValueError):  # there is no such file
         if request.query.get("v") == version(request.match_info["filename"]):
             return "max-age=31536000, immutable"
     return "no-cache"  # may be kept, but is asked for again each time
@@ -824,8 +807,7 @@ def main():
         fault = f"{error}: check HOST, PORT and {DATA}"
     except (PyMongoError, ValueError) as error:
         # Without the error's text: parts of a mistyped password may be in it.
-        fault = f"MONGODB_URI does not work ({type(error).__name__}): check the address, the"
-        fault += " password, and whether the database runs and lets you in"
+        fault = f"MONGODB_URI does not work ({type(error).__name__}): check it and the database"
     sys.exit(f"chat.py: {fault}")
 
 
