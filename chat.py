@@ -157,6 +157,9 @@ async def websocket(request):
     writer = await ws.prepare(request)
     connection = Connection(ws, request)
     try:
+        # The page says whose it is: meanwhile another one may have logged in at this browser.
+        if request.query.get("user", connection.user) != connection.user:
+            await connection.close(WSCloseCode.POLICY_VIOLATION)
         await room.join(connection, max(after, 0), writer)
         async for frame in ws:
             if frame.type is WSMsgType.BINARY:

@@ -8,6 +8,7 @@ MongoDB's protocol (SecantusDB, or the one that MONGODB_URI names), and a real C
 import ast
 import asyncio
 import contextlib
+import functools
 import importlib.resources
 import json
 import os
@@ -34,7 +35,17 @@ from playwright.async_api import async_playwright, expect
 HERE = Path(__file__).resolve().parent
 KEY = "a secret key for tests only"
 PASSWORD = "correct horse battery"
-asynchronous = pytest.mark.asyncio
+
+
+def asynchronous(test):
+    """Run a test that is a coroutine, in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        return asyncio.run(test(*args, **kwargs))
+
+    return run
+
 
 # ---------------------------------------------------------------------------
 # The parts: a chat, a database, a proxy, people
@@ -995,3 +1006,521 @@ async def test_without_change_streams(tmp_path):
             await other.until(lambda: other.ws.close_code == 1008)
             left = {"type": "left", "user": other.login}
             await person.until(lambda: left in person.others)
+
+
+# ---------------------------------------------------------------------------
+# Settings, and Heroku
+# ---------------------------------------------------------------------------
+
+SECRET = "pass/word@secret"
+
+
+@pytest.mark.parametrize(
+    "settings, hint",
+    [
+        ({"PORT": "http"}, "PORT"),
+        ({"PORT": "70000"}, "PORT"),
+        ({"PORT": "-1"}, "PORT"),
+        ({"HOST": "192.0.2.1"}, "HOST"),
+        ({"HOST": "no such host"}, "HOST"),
+        ({"SECRET_KEY": "fifteen letters"}, "SECRET_KEY"),
+        ({"MONGODB_URI": f"mongodb://me:{SECRET}@127.0.0.1/chat"}, "MONGODB_URI"),
+        ({"MONGODB_URI": "mongodb://127.0.0.1:1/chat"}, "MONGODB_URI"),
+        ({"MONGODB_URI": "mongodb+srv://me:secret@nowhere.invalid/chat"}, "MONGODB_URI"),
+        ({"MONGODB_URI": "postgres://localhost"}, "MONGODB_URI"),
+    ],
+)
+def test_settings_that_cannot_work(mongo, settings, hint):
+    settings = {"MONGODB_URI": mongo() if hint in ("PORT", "HOST") else "mongodb://x"} | settings
+    ends_with_one_line(Chat(**settings), hint)
+
+
+def ends_with_one_line(chat, hint):
+    output, _ = chat.spawn().communicate(timeout=10)
+    assert chat.process.returncode == 1
+    assert output.count("\n") == 1 and output.startswith("chat.py: ") and hint in output, output
+    for hidden in ("Traceback", "secret@", "word@", "fifteen"):
+        assert hidden not in output
+
+
+def test_data_in_use_and_a_kept_key(house, mongo):
+    with Chat(house, SECRET_KEY="") as chat:
+        mode = (house / "data" / "secret-key").stat().st_mode
+        assert mode & 0o777 == 0o600
+        ends_with_one_line(Chat(house), "MONGODB_URI")  # another chat on the same data/
+        taken = urlsplit(chat.url).port
+        ends_with_one_line(Chat(house, PORT=str(taken), MONGODB_URI=mongo()), "PORT")
+        # But a second process on the first one's database is welcome, with the same key.
+        with Chat(house, SECRET_KEY="", MONGODB_URI=chat.database):
+            pass
+
+
+def test_database_that_is_silent(house):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        ends_with_one_line(Chat(house, MONGODB_URI=f"mongodb://127.0.0.1:{port}/"), "MONGODB_URI")
+
+
+class Router:
+    """What Heroku's router does, in small: it adds the X-Forwarded headers to what came."""
+
+    def __init__(self, chat, scheme="https", client="192.0.2.7"):
+        self.chat, self.scheme, self.client = chat, scheme, client
+        self.url = None
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_):
+        self.server.close()
+
+    async def serve(self, reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        forged = re.findall(r"(?im)^X-Forwarded-For: (.*)\r$", head)
+        head = re.sub(r"(?im)^X-Forwarded-.*\r\n", "", head)
+        addresses = ", ".join([*forged, self.client])
+        added = f"X-Forwarded-For: {addresses}\r\nX-Forwarded-Proto: {self.scheme}\r\n"
+        added += "Connection: close\r\n" if "Upgrade" not in head else ""
+        there, here = await asyncio.open_connection("127.0.0.1", urlsplit(self.chat.url).port)
+        here.write((head[:-2] + added + "\r\n").encode())
+        await asyncio.gather(self.pump(reader, here), self.pump(there, writer))
+
+    async def pump(self, reader, writer):
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+            writer.close()
+
+
+@asynchronous
+async def test_heroku(mongo):
+    """The Procfile's own command line, with app.json's settings, behind a router."""
+    app = json.loads((HERE / "app.json").read_text())
+    settings = {name: each["value"] for name, each in app["env"].items() if "value" in each}
+    assert settings["HTTPS"] == "1" and app["env"]["SECRET_KEY"]["generator"] == "secret"
+    procfile = (HERE / "Procfile").read_text()
+    command = re.fullmatch(r"web: (.*)\n", procfile)[1]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    settings |= {"MONGODB_URI": mongo(), "PATH": path, "PORT": str(free_port())}
+    async with Chat(command=("sh", "-c", "exec " + command), **settings) as chat:
+        assert "http://0.0.0.0:" in chat.printed[-1]
+        async with Router(chat, "http") as plain, Person(plain) as person:
+            answer = await person.ask("/login?x=1")
+            host = urlsplit(plain.url).netloc
+            assert answer.status == 308
+            assert answer.headers["Location"] == f"https://{host}/login?x=1"
+        async with Router(chat) as router, Person(router) as person:
+            own = {"Origin": router.url.replace("http:", "https:")}
+            assert (await person.form("/signup", headers={"Origin": router.url})).status == 403
+            answer = await person.form("/signup", headers=own)
+            cookie = answer.headers["Set-Cookie"]
+            assert answer.status == 303 and cookie.startswith("__Host-chat=")
+            assert "; Secure" in cookie and "Path=/" in cookie and "Domain" not in cookie
+            assert answer.headers["Strict-Transport-Security"] == "max-age=31536000"
+            signed_in = {"Cookie": cookie.split(";")[0]}
+            async with person.open(headers=own | signed_in) as ws:
+                assert (await ws.receive_json())[0]["users"] == [person.login]
+            # Ten wrong passwords from one address, whatever addresses the client makes up.
+            for number in range(10):
+                forged = own | {"X-Forwarded-For": f"198.51.100.{number}"}
+                assert (await person.form("/login", password="x", headers=forged)).status == 401
+            assert (await person.form("/login", headers=own)).status == 429
+            async with Router(chat, client="192.0.2.8") as elsewhere:
+                person.chat, own["Origin"] = elsewhere, elsewhere.url.replace("http:", "https:")
+                assert (await person.form("/login", headers=own)).status == 303
+        chat.process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(chat.process.wait, 10) == 0
+
+
+def test_heroku_files():
+    """app.json has only keys that Heroku knows; nothing overrules .python-version."""
+    app = json.loads((HERE / "app.json").read_text())
+    known = {"name", "description", "keywords", "repository", "website", "env", "success_url"}
+    assert app.keys() <= known
+    for setting in app["env"].values():
+        assert setting.keys() <= {"description", "value", "required", "generator"}
+        assert setting["description"]
+    assert app["env"]["MONGODB_URI"]["required"] is True
+    assert re.fullmatch(r"3\.1[123]\n", (HERE / ".python-version").read_text())
+    assert not (HERE / "runtime.txt").exists()
+    pins = (HERE / "requirements.txt").read_text().split()
+    names = [pin.split("==")[0] for pin in pins]
+    assert names == ["aiohttp", "aiohttp-jinja2", "aiohttp-session", "cryptography", "motor"]
+
+
+def test_requirements_are_enough(tmp_path, mongo):
+    """Only requirements.txt, in a fresh environment: it starts with a MONGODB_URI."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path], check=True)
+    python = tmp_path / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q", "-r", HERE / "requirements.txt"]
+    subprocess.run(install, check=True, stderr=subprocess.DEVNULL)
+    with Chat(command=(python, "chat.py"), MONGODB_URI=mongo()) as chat:
+        assert chat.url
+    ends_with_one_line(Chat(command=(python, "chat.py")), "requirements-dev.txt")
+
+
+@asynchronous
+async def test_a_busy_process_leaves_others_their_turn(mongo):
+    """Promise 5: one person on one process, while the other process is saturated."""
+    uri = mongo()
+    with Chat(MONGODB_URI=uri) as chat, Chat(MONGODB_URI=uri) as second:
+        async with people(chat, *[None] * 6) as [quiet, *busy]:
+            quiet.chat = second
+            await asyncio.gather(*(each.connect() for each in (quiet, *busy)))
+
+            async def flood(person):
+                while True:
+                    await asyncio.gather(*(person.say("x") for _ in range(40)))
+                    await person.until(lambda: person.ws._conn is None or True)
+                    await asyncio.sleep(0.01)
+
+            floods = [asyncio.create_task(flood(each)) for each in busy]
+            await asyncio.sleep(0.5)
+            slowest = 0
+            for number in range(6):
+                start = time.monotonic()
+                await quiet.say("hello", f"{number}")
+                await quiet.until(
+                    lambda number=number: any(
+                        each["key"] == f"{number}" and each["user"] == quiet.login
+                        for each in quiet.seen[-2000:]
+                    )
+                )
+                slowest = max(slowest, time.monotonic() - start)
+            for each in floods:
+                each.cancel()
+            assert slowest < 2.5 and not quiet.errors
+
+
+# ---------------------------------------------------------------------------
+# The page, in a real browser
+# ---------------------------------------------------------------------------
+
+AXE = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js").read_text()
+# What a browser says by itself when an answer is an error or the server is gone.
+EXPECTED = "Failed to load resource", "WebSocket connection to"
+
+
+@contextlib.asynccontextmanager
+async def browser():
+    """Chromium: Playwright's own where it is installed, else Debian's."""
+    async with async_playwright() as playwright:
+        own = Path(playwright.chromium.executable_path).exists()
+        path = None if own else shutil.which("chromium")
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        it = await playwright.chromium.launch(executable_path=path, args=options)
+        yield it
+        await it.close()
+
+
+@contextlib.asynccontextmanager
+async def tab(it, chat, login=None, sign_up=True, **options):
+    """A page in a profile of its own, signed up; it must not complain about anything."""
+    context = await it.new_context(**{"locale": "en-GB", "timezone_id": "Asia/Tokyo"} | options)
+    page = await context.new_page()
+    complaints = []
+    context.on("weberror", lambda error: complaints.append(str(error.error)))
+    context.on(
+        "console", lambda line: line.type in ("error", "warning") and complaints.append(line.text)
+    )
+    context.on("request", lambda each: each.url.startswith(chat.url) or complaints.append(each.url))
+    page.login = login or "u" + secrets.token_hex(5)
+    if sign_up:
+        await page.goto(chat.url + "/signup")
+        await fill_form(page, page.login)
+        await page.wait_for_url(chat.url + "/")
+    yield page
+    assert [each for each in complaints if not each.startswith(EXPECTED)] == []
+    await context.close()
+
+
+async def fill_form(page, login, password=PASSWORD):
+    await page.get_by_label("Login").fill(login)
+    await page.get_by_label("Password").fill(password)
+    await page.keyboard.press("Enter")
+
+
+async def type_in(page, text):
+    await page.locator("#text").fill(text)
+    await page.keyboard.press("Enter")
+
+
+async def texts(page):
+    return await page.locator("#messages .text").all_text_contents()
+
+
+async def wait_for_texts(page, *wanted):
+    await expect(page.locator("#messages .text")).to_have_text(wanted, timeout=15000)
+
+
+async def has_no_barriers(page):
+    """axe-core finds nothing, in light and in dark."""
+    for scheme in ("light", "dark"):
+        await page.emulate_media(color_scheme=scheme)
+        await page.evaluate(AXE)
+        found = await page.evaluate("axe.run().then(result => result.violations)")
+        assert [(each["id"], each["nodes"][0]["html"]) for each in found] == [], scheme
+
+
+@asynchronous
+async def test_page_two_people(mongo):
+    async with Chat(MONGODB_URI=mongo()) as chat, browser() as it:
+        async with tab(it, chat, "anna") as anna, tab(it, chat, "Боря") as boris:
+            await expect(anna.locator("#news")).to_have_text("Боря has come")
+            await expect(anna.locator("#text")).to_be_focused()
+            await type_in(anna, "Hello!")
+            await type_in(anna, "<b>bold?</b> https://example.com/a?b=1, שלום")
+            await expect(boris.locator("#messages .text")).to_have_count(2)
+            await type_in(boris, "one\n    two")
+            for page in (anna, boris):
+                await wait_for_texts(
+                    page, "Hello!", "<b>bold?</b> https://example.com/a?b=1, שלום", "one\n    two"
+                )
+                assert await page.locator("#messages li.same").count() == 1  # the same person
+                assert await page.locator(".day:visible").count() == 1
+                link = page.locator("#messages a")
+                assert await link.get_attribute("href") == "https://example.com/a?b=1"
+                assert "noopener" in await link.get_attribute("rel")
+                stamp = page.locator("#messages time").first
+                utc = await stamp.get_attribute("datetime")
+                hour = (int(utc[11:13]) + 9) % 24  # Tokyo
+                assert (await stamp.text_content()).startswith(f"{hour:02}:")
+                await has_no_barriers(page)
+                await expect(page.locator("#unsent li")).to_have_count(0)
+            await boris.context.close()
+            await expect(anna.locator("#news")).to_have_text("Боря has left")
+            async with tab(it, chat, sign_up=False) as page:
+                for path in ("/login", "/signup", "/nothing"):
+                    await page.goto(chat.url + path)
+                    await has_no_barriers(page)
+                await page.goto(chat.url + "/login")
+                await fill_form(page, "anna", "wrong password")
+                await expect(page.get_by_role("alert")).to_be_visible()
+                await expect(page.get_by_label("Login")).to_have_value("anna")
+                bad = page.locator("[aria-invalid=true]")
+                assert await bad.get_attribute("name") == "password"
+                await has_no_barriers(page)
+
+
+@asynchronous
+async def test_page_reconnects(mongo):
+    """The server is killed; both go on typing; all arrives once, in one order."""
+    async with Chat(MONGODB_URI=mongo()) as chat, browser() as it:
+        async with tab(it, chat, "anna") as anna, tab(it, chat, "boris") as boris:
+            await type_in(anna, "before")
+            await wait_for_texts(boris, "before")
+            chat.kill()
+            for page in (anna, boris):
+                await expect(page.locator("#connection")).to_contain_text("Not connected")
+                for number in (1, 2, 3):
+                    await type_in(page, f"{page.login} {number}")
+                await expect(page.locator("#unsent .state")).to_have_text(["Sending …"] * 3)
+                await page.locator("#text").fill("half a sent")
+            chat.start()
+            for page in (anna, boris):
+                await expect(page.locator("#messages .text")).to_have_count(7, timeout=15000)
+                await expect(page.locator("#unsent li")).to_have_count(0)
+                await expect(page.locator("#connection")).to_have_text("")
+                await expect(page.locator("#text")).to_have_value("half a sent")
+            lines = await texts(anna)
+            assert lines == await texts(boris)
+            for page in (anna, boris):
+                own = [line for line in lines if line.startswith(page.login)]
+                assert own == [f"{page.login} {number}" for number in (1, 2, 3)]
+                await page.reload()
+                assert await texts(page) == lines
+                await expect(page.locator("#text")).to_have_value("half a sent")
+
+
+@asynchronous
+async def test_page_and_a_message_that_could_not_be_stored(tmp_path):
+    with Mongo(tmp_path) as mongo:
+        async with (
+            Chat(MONGODB_URI=mongo.uri("chat")) as chat,
+            browser() as it,
+            tab(it, chat) as page,
+        ):
+            await type_in(page, "before")
+            await wait_for_texts(page, "before")
+            mongo.kill()
+            for text in ("again", "edit"):
+                await type_in(page, text)
+            refused = page.locator("#unsent .failed")
+            await expect(refused).to_have_count(2, timeout=12000)
+            await expect(refused.first).to_have_text("This message could not be stored.")
+            mongo.start()
+            await asyncio.sleep(2)
+            assert await texts(page) == ["before"]  # not sent again by itself
+            await page.get_by_role("button", name="Edit").last.click()
+            await expect(page.locator("#text")).to_have_value("edit")
+            for _ in range(10):
+                await page.get_by_role("button", name="Try again").click()
+                await asyncio.sleep(1)
+                if await page.locator("#messages li").count() == 2:
+                    break
+            await page.locator("#text").press("Enter")
+            await wait_for_texts(page, "before", "again", "edit")
+            await page.reload()
+            await wait_for_texts(page, "before", "again", "edit")
+            await expect(page.locator("#unsent li")).to_have_count(0)
+
+
+@asynchronous
+async def test_page_older_messages(mongo):
+    async with Chat(MONGODB_URI=mongo()) as chat, browser() as it, people(chat, None) as [person]:
+        await person.connect()
+        for number in range(1, 231):
+            await person.say(f"message {number}")
+        await person.until(lambda: len(person.seen) == 230)
+        async with tab(it, chat) as page:
+            assert len(await texts(page)) == 50
+            await page.route("**/messages?*", lambda route: route.abort())
+            await page.get_by_text("Older messages").click()
+            again = page.get_by_text("Try again")
+            await expect(again).to_be_visible()
+            await page.unroute("**/messages?*")
+            await again.press("Enter")
+            await expect(page.locator("#messages .text")).to_have_count(100)
+            # The message that was the first one has stayed where it was, or nearly.
+            await page.evaluate("document.getElementById('log').scrollTop = 150")
+            mark = page.locator("#messages li[data-id='131']")
+            before = (await mark.bounding_box())["y"]
+            await expect(page.locator("#messages .text")).to_have_count(150)
+            await expect(page.locator("#older")).to_have_text("Older messages")
+            assert abs((await mark.bounding_box())["y"] - before) < 40
+            while await page.locator("#older").count():
+                await page.locator("#log").hover()
+                await page.mouse.wheel(0, -3000)
+                await asyncio.sleep(0.1)
+            assert await texts(page) == [f"message {number}" for number in range(1, 231)]
+            # New messages do not pull somebody away who reads old ones.
+            await person.say("news")
+            jump = page.get_by_role("button", name="1 new message")
+            await jump.click()
+            await expect(page.get_by_text("news", exact=True)).to_be_in_viewport()
+            await expect(jump).to_be_hidden()
+
+
+@asynchronous
+async def test_page_typing(chat):
+    async with browser() as it, tab(it, chat) as page:
+        count = await page.locator("#messages li").count()
+        box, counter = page.locator("#text"), page.locator("#counter")
+        await box.fill("😀" * 1900)
+        await expect(counter).to_have_text("100 characters left")
+        await box.fill("😀" * 2003)
+        await expect(counter).to_have_text("3 characters too many")
+        await box.press("Enter")
+        await expect(box).to_have_value("😀" * 2003)  # refused, and kept whole
+        await page.reload()
+        await expect(box).to_have_value("😀" * 2003)
+        await box.fill("one")
+        await box.press("Shift+Enter")
+        await page.keyboard.type("two")
+        await box.evaluate(
+            "box => box.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', isComposing: true}))"
+        )
+        await expect(box).to_have_value("one\ntwo")
+        await box.press("Enter")
+        await expect(page.locator("#messages li")).to_have_count(count + 1)
+        assert (await texts(page))[-1] == "one\ntwo"
+        await expect(box).to_have_value("")
+
+
+@asynchronous
+async def test_page_when_the_session_ends(chat):
+    async with browser() as it, tab(it, chat) as page:
+        second = await page.context.new_page()
+        await second.goto(chat.url)
+        await second.get_by_role("button", name="Log out").click()
+        for each in (page, second):
+            await each.wait_for_url(chat.url + "/login")
+        await expect(page.get_by_text("Your session has ended")).to_be_visible()
+        await expect(second.get_by_text("Your session has ended")).to_be_hidden()
+        await page.reload()
+        await expect(page.get_by_text("Your session has ended")).to_be_hidden()
+
+
+@asynchronous
+async def test_page_and_somebody_else(mongo):
+    """What one has not sent is not sent, and not shown, under another login."""
+    async with (
+        Chat(MONGODB_URI=mongo()) as chat,
+        browser() as it,
+        people(chat, "mallory") as [other],
+    ):
+        async with tab(it, chat, "anna") as page:
+            chat.kill()
+            await type_in(page, "a secret")
+            await expect(page.locator("#unsent li")).to_have_count(1)
+            chat.start()
+            # At this moment the cookie becomes another one's, before the page is back.
+            cookie = (await other.form("/login")).cookies["chat"]
+            await page.context.add_cookies(
+                [{"name": "chat", "value": cookie.value, "url": chat.url}]
+            )
+            await expect(page.locator("#chat")).to_have_attribute(
+                "data-user", "mallory", timeout=15000
+            )
+            await type_in(page, "hello")
+            await wait_for_texts(page, "hello")
+            assert "a secret" not in await page.content()
+            await page.context.clear_cookies()
+            await page.goto(chat.url + "/login")
+            await fill_form(page, "anna")
+            await page.wait_for_url(chat.url + "/")
+            await wait_for_texts(page, "hello", "a secret")
+            await expect(page.locator("#messages b").last).to_have_text("anna")
+
+
+@asynchronous
+async def test_page_without_javascript(chat):
+    async with browser() as it, tab(it, chat, java_script_enabled=False) as page:
+        assert await page.locator("#messages").count() == 1
+        if await page.locator("#older").count():
+            await page.locator("#older").click()
+            assert len(await texts(page)) == 50 or 'data-id="1"' in await page.content()
+        await page.get_by_role("button", name="Log out").click()
+        await page.wait_for_url(chat.url + "/login")
+
+
+@asynchronous
+async def test_page_is_light(mongo):
+    async with Chat(MONGODB_URI=mongo()) as chat, browser() as it, tab(it, chat) as page:
+        for number in range(50):
+            await type_in(page, f"A message of usual length, number {number}")
+        await expect(page.locator("#messages li")).to_have_count(50)
+        state = await page.context.storage_state()
+        context = await it.new_context(storage_state=state)
+        page = await context.new_page()
+        sizes = []
+
+        async def note(answer):
+            sizes.append(len(await answer.body()) if answer.status == 200 else 0)
+
+        page.on("response", note)
+        await page.goto(chat.url, wait_until="networkidle")
+        assert len(sizes) <= 5 and sum(sizes) < 40_000, sizes
+        again = "performance.getEntriesByType('resource').map(each => each.transferSize)"
+        await page.goto(chat.url, wait_until="networkidle")
+        assert sum(await page.evaluate(again)) == 0  # from the cache
+        await context.close()
+
+
+@asynchronous
+@pytest.mark.parametrize("width, zoom", [(320, 1), (640, 2)])
+async def test_page_needs_no_sideways_scrolling(chat, width, zoom):
+    async with browser() as it:
+        viewport = {"width": width // zoom, "height": 500}
+        async with tab(it, chat, viewport=viewport, device_scale_factor=zoom) as page:
+            await type_in(page, "w" * 300)
+            await expect(page.get_by_text("w" * 300).last).to_be_visible()
+            for path in ("/", "/nothing"):
+                await page.goto(chat.url + path)
+                assert await page.evaluate("document.documentElement.scrollWidth") <= width
+            await page.context.clear_cookies()
+            for path in ("/login", "/signup"):
+                await page.goto(chat.url + path)
+                assert await page.evaluate("document.documentElement.scrollWidth") <= width
