@@ -1,27 +1,27 @@
-"""A chat over WebSockets in one file: read it from top to bottom, once.
+"""A chat over WebSockets in one file. Read it from top to bottom, once.
 
-Run it with ``python chat.py``, open the address that it prints, and keep
-``tutorial/README.md`` beside you. The sections have the order of the tutorial's
-chapters; ``grep '^# [0-9]' chat.py`` prints them.
+Run it with ``python chat.py``, open the address that it prints, and read on with
+``tutorial/README.md`` beside you. The sections have the order of the tutorial's chapters;
+``grep '^# [0-9]' chat.py`` prints them.
 
 The way of a message::
 
-    browser --ws--> websocket() --> inbox --> Room.write(): ONE insert_many
-                                              for all that wait --> MongoDB
-                                                  |                    |
-                                                  |       change streams of the others
-                                                  v                    v
-    browser <--ws-- one frame, the same for all <-- Room.hear() <-- Room.read_on()
+    browser --ws--> websocket() --> inbox --> Room.write(): ONE insert_many for all that wait
+                                                 |                     |
+                                                 | stored           MongoDB
+                                                 v                     | "something has changed"
+    browser <--ws-- one frame, the same  <-- Room.hear()               v (change stream)
+                    for everybody                ^---- Room.read_on() in all other processes
 
-Nobody sees a message before MongoDB has acknowledged it, and everybody sees all
-messages in one order: that of their numbers, 1, 2, 3, ... without a gap.
+Nobody sees a message before MongoDB has acknowledged it. Everybody sees all messages in one
+order: that of their numbers, 1, 2, 3, ... without a gap.
 """
 
 # ---------------------------------------------------------------------------
 # 1. Introduction
 # ---------------------------------------------------------------------------
-# First what Python brings, then the five packages of requirements.txt, and
-# pymongo, which came with Motor.
+# First what Python brings along, then the five packages of requirements.txt, and pymongo,
+# which Motor brings along.
 
 import asyncio
 import fcntl
@@ -53,35 +53,37 @@ from pymongo.read_concern import ReadConcern
 # ---------------------------------------------------------------------------
 # 2. Structure
 # ---------------------------------------------------------------------------
+# The settings come from the environment (https://12factor.net/config): so the same file runs
+# here and on a server, and no password is ever in git. An empty setting is an unset one.
 
 HERE = Path(__file__).resolve().parent
-DATA = HERE / "data"  # the local database and the secret key; never in git
-
-# The settings (https://12factor.net/config). An empty one is an unset one.
+DATA = HERE / "data"  # the local database and the secret key; git ignores it
 ENV = {name: value for name, value in os.environ.items() if value}
 MONGODB_URI = ENV.get("MONGODB_URI")  # none: the local database
 HOST, PORT = ENV.get("HOST", "127.0.0.1"), ENV.get("PORT", "8080")
 HTTPS = ENV.get("HTTPS") == "1"  # behind a router that speaks HTTPS for us
 
-PAGE, RECENT_MAX = 50, 500  # messages in a page, a query; in memory, for who comes back
-TEXT_MAX, KEY_MAX = 2_000, 64  # characters of a message, and of a client's name for it
+# The limits. Without them, one careless or hostile client could use up what all need.
+
+PAGE, RECENT_MAX = 50, 500  # messages: in a page or a query; in memory, for who comes back
+TEXT_MAX, KEY_MAX = 2_000, 64  # characters: of a message; of a client's own name for it
 BODY_MAX = 64 * 1024  # bytes of a form, or of a WebSocket frame
-INBOX_MAX = 200  # messages that wait to be stored, by one insert; then their senders wait
+INBOX_MAX = 200  # messages that wait to be stored by one insert; then their senders wait
 UNREAD_MAX = 1_000_000  # bytes that wait for one client, before we cut it off
 HEARTBEAT = 27  # seconds between pings; Heroku's router cuts after 55 of silence
-DATABASE_SECONDS, CLOSE_SECONDS = 3, 1  # for the database to answer, and a client our "close"
-PULSE_SECONDS, ONLINE_SECONDS = 10, 35  # from sign of life to sign of life; without one
+DATABASE_SECONDS, CLOSE_SECONDS = 3, 1  # for the database to answer; for a client to close
+PULSE_SECONDS, ONLINE_SECONDS = 10, 35  # between signs of life; without one, users have left
 SESSION = timedelta(days=7)  # from the login, used or not
 WRONG_MAX, WRONG_TIME = 10, timedelta(minutes=5)  # wrong passwords; how long they count
 
-# A typed name for what the application carries. Unlike a string it cannot clash with a name
-# that some package has chosen.
+# The key under which handlers find the room in `request.app`. A string would do, but could
+# clash with some package's string; an AppKey cannot, and tells an editor the type.
 ROOM = web.AppKey("ROOM", "Room")
 
 
 def create_app():
     """The whole application, on one screen."""
-    # A request passes them from left to right, its response comes back the other way.
+    # An onion: a request passes these from left to right, its response from right to left.
     middlewares = [error_pages, protect, sessions(), authorize, db_handler]
     app = web.Application(middlewares=middlewares, client_max_size=BODY_MAX)
     app.add_routes(routes())
@@ -89,8 +91,8 @@ def create_app():
     app.on_response_prepare.append(add_headers)
     # It runs up to its `yield` before the first request, and on from there after the last.
     app.cleanup_ctx.append(database)
-    # Not in the clean-up: that begins when all handlers are done, and those of the
-    # WebSockets are never done by themselves.
+    # Not in the clean-up: that begins when all handlers have ended, and the WebSockets'
+    # handlers never end by themselves.
     app.on_shutdown.append(say_goodbye)
     return app
 
@@ -101,9 +103,9 @@ def create_app():
 
 
 def routes():
-    """The table of all routes; redirects and templates use the names."""
+    """The table of all addresses. The names are for `url()` in the templates."""
     return [
-        web.get("/", chat_page, name="chat"),
+        web.get("/", chat_page, name="chat"),  # `get` answers HEAD as well
         web.get("/messages", older_messages, name="messages"),
         web.get("/ws", websocket, name="websocket"),
         web.view("/login", Login, name="login"),
@@ -117,24 +119,26 @@ def routes():
 # ---------------------------------------------------------------------------
 # 4. Request and response
 # ---------------------------------------------------------------------------
+# A handler is a coroutine that takes a request and returns a response. First the pages:
 
 
 @aiohttp_jinja2.template("chat.html")
 async def chat_page(request):
     """The newest messages as a page; or those before ``?before=``, without JavaScript."""
     newest = str(request.app[ROOM].last + 1)
+    # The decorator renders the template with what we return.
     return {"user": request["user"], "messages": await messages_before(request, newest)}
 
 
 async def older_messages(request):
-    """JSON: ``{"messages": [event, ...]}``."""
+    """JSON: ``{"messages": [event, ...]}``, see event()."""
     return web.json_response({"messages": await messages_before(request)}, dumps=encode)
 
 
 async def messages_before(request, default=""):
     """The PAGE events just before number ``?before=``, oldest first."""
     before = number(request.query.get("before", default))
-    before = min(before, request.app[ROOM].last + 1)  # BSON's integers have an end
+    before = min(before, request.app[ROOM].last + 1)  # MongoDB's integers have an end
     return await read_messages(request["db"], max(before - PAGE, 1), before - 1)
 
 
@@ -145,19 +149,23 @@ def number(text):
     return int(text)
 
 
+# Then the WebSocket. Its handler runs as long as the connection is open.
+
+
 async def websocket(request):
-    """The live chat: Room.join tells what comes first."""
+    """The live chat, ``/ws?after=ID``. Room.join() tells what comes first."""
     room = request.app[ROOM]
     after = number(request.query.get("after", str(room.last)) or "0")
-    # Refused is the size from max_msg_size on. Deflating for each client anew would halve the
-    # speed. And with that limit, sending never waits: Connection.send tells why.
+    # aiohttp refuses frames from max_msg_size on (1009). A browser offers to deflate, but to
+    # do that for each client anew would halve the speed. And with such a writer_limit,
+    # sending never waits: Connection.send() tells why.
     ws = web.WebSocketResponse(
         heartbeat=HEARTBEAT, max_msg_size=BODY_MAX + 1, compress=False, writer_limit=sys.maxsize
     )
     writer = await ws.prepare(request)
     connection = Connection(ws, request)
     try:
-        # The page says whose it is: meanwhile another one may have logged in at this browser.
+        # The page says whose it is: another one may have logged in at this browser since.
         if request.query.get("user", connection.user) != connection.user:
             await connection.close(WSCloseCode.POLICY_VIOLATION)
         await room.join(connection, max(after, 0), writer)
@@ -166,8 +174,10 @@ async def websocket(request):
                 await connection.close(WSCloseCode.UNSUPPORTED_DATA)
             elif frame.type is WSMsgType.TEXT:
                 text, key = read_post(frame.data)
-                if text:  # waits while the inbox is full, and so does this client
+                if text:
                     post = {"user": connection.user, "key": key or token_hex(16), "text": text}
+                    # While the inbox is full, this waits, so we read nothing more, so the
+                    # client cannot send: who is too fast is slowed down, and loses nothing.
                     await room.inbox.put((connection, key, post))
                 else:
                     await connection.refuse(key, f"A message has 1 to {TEXT_MAX:,} characters.")
@@ -184,7 +194,7 @@ def read_post(data):
     try:
         post = json.loads(data)
         text, key = post.get("text"), post.get("key")
-    except (ValueError, AttributeError, RecursionError):  # "[[[[[[..." goes deep
+    except (ValueError, AttributeError, RecursionError):  # "[[[[[[..." goes too deep
         return "", None
     good = is_text(text) and len(text.strip()) <= TEXT_MAX
     good = good and (key is None or is_text(key) and 1 <= len(key) <= KEY_MAX)
@@ -192,11 +202,11 @@ def read_post(data):
 
 
 def is_text(value):
-    """Whether UTF-8 can hold it: JSON and some charsets can spell lone surrogates."""
+    """Whether it is a string that UTF-8 can hold: JSON can spell half characters, too."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-# "ж" as it is, not as \u0436: a third of the bytes.
+# Letters as they are, not as \u0436: that makes a Russian message a third as long.
 encode = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -212,9 +222,9 @@ class Connection:
     async def send(self, frame):
         """Send a frame (a string), without ever waiting for the client.
 
-        If we waited, one that stops reading would hold up all the others. So what
-        it leaves unread waits in memory; when that is too much, we cut it off, and
-        the page connects again and says what it has seen.
+        If we waited, one client that stops reading would hold up all the others. So what it
+        leaves unread waits in memory, and when that is too much, we cut it off: the page
+        connects again, and says what it has seen.
         """
         if self.transport.get_write_buffer_size() > UNREAD_MAX:
             self.transport.abort()
@@ -222,20 +232,26 @@ class Connection:
             await self.ws.send_str(frame)
 
     async def refuse(self, key, reason):
-        """Tell this client alone that a message of its was not stored."""
+        """Tell this client alone that a message of its is not stored."""
         named = {"key": key} if is_text(key) else {}
         await self.send(encode([{"type": "error", "text": reason, **named}]))
 
     async def close(self, code):
-        """Close it politely; with force if it does not even read our "close"."""
+        """Close it politely, or with force if it does not even read our "close".
+
+        The codes: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
+        """
         try:
             await asyncio.wait_for(self.ws.close(code=code), CLOSE_SECONDS)
         except TimeoutError:
             self.transport.abort()
 
 
+# At last the forms. A view is a class with a method for each method of HTTP.
+
+
 class Form(web.View):
-    """What both forms do. A view has a method for each method of HTTP."""
+    """What both forms have in common."""
 
     async def get(self):
         """The empty form, for who is not signed in."""
@@ -246,13 +262,14 @@ class Form(web.View):
     head = get
 
     def page(self, status, **context):
-        """The form, with the login that was typed, and what is wrong (its `fault`)."""
+        """The form with the `login` that was typed and its `fault`; never the password."""
         template = f"{self.request.match_info.route.name}.html"
         return aiohttp_jinja2.render_template(template, self.request, context, status=status)
 
     async def fields(self):
         """The login and the password that were posted."""
-        # An unknown charset, bytes that are not of it, a torn body, a file.
+        # An unknown charset, bytes that are not of it, a torn body, a file for a text: all
+        # that is the sender's fault (400), not ours (500).
         with suppress(LookupError, ValueError, web.RequestPayloadError, HttpProcessingError):
             form = await self.request.post()
             fields = form.get("login", ""), form.get("password", "")
@@ -273,8 +290,8 @@ class Login(Form):
         async with HASHING:
             if seconds := seconds_to_wait(who):
                 raise web.HTTPTooManyRequests(headers={"Retry-After": str(seconds)})
-            # For an unknown login, a hash that nothing matches: the time that the check
-            # takes must not tell which logins exist.
+            # An unknown login is checked, too, against a hash that nothing matches: else it
+            # would be answered faster, and so tell which logins there are.
             hashed = user["password"] if user else NOBODYS_HASH
             try:
                 await asyncio.to_thread(Argon2id.verify_phc_encoded, password.encode(), hashed)
@@ -296,6 +313,8 @@ class Signup(Form):
         async with HASHING:
             hashed = await asyncio.to_thread(hash_password, password)
         user = {"_id": folded(login), "login": login, "password": hashed}
+        # To look first whether the login is free would not help: another one may take it
+        # between the look and the insert. The unique `_id` decides.
         try:
             await in_time(self.request["db"].users.insert_one(user))
         except DuplicateKeyError:
@@ -306,11 +325,13 @@ class Signup(Form):
 # ---------------------------------------------------------------------------
 # 5. Middlewares
 # ---------------------------------------------------------------------------
+# A middleware stands between the server and all handlers. It may answer by itself, or hand
+# the request on, and it sees the response on its way back.
 
 
 @web.middleware
 async def error_pages(request, handler):
-    """Answer every error with a page of this site's own, and never a traceback."""
+    """Answer every error with a page of this site's own. It is the outermost one."""
     try:
         return await handler(request)
     except web.HTTPException as raised:
@@ -320,16 +341,17 @@ async def error_pages(request, handler):
     if error.status >= 400:  # redirects are raised, too
         error.text = aiohttp_jinja2.render_string("error.html", request, {"error": error})
         error.content_type = "text/html"
-    raise error
+    raise error  # the same one, for its headers: Allow, Retry-After
 
 
 @web.middleware
 async def protect(request, handler):
-    """HTTPS where it is set; no orders from other sites; no bodies beyond BODY_MAX."""
+    """HTTPS only, where that is set; and no orders from other sites (CSRF)."""
     if HTTPS and forwarded(request, "X-Forwarded-Proto") == "http":
         raise web.HTTPPermanentRedirect(f"https://{request.host}{request.path_qs}")
-    # A browser adds the cookie to whatever any site makes it send. Only the Origin tells
-    # which site that was; who sends none is no browser.
+    # A browser adds the cookie to whatever a page of any site makes it send. Only the Origin
+    # tells which site that was; who sends none is no browser. The WebSocket needs it most:
+    # browsers let every site open one to every other.
     own = f"{'https' if HTTPS else 'http'}://{request.host}"
     order = request.method not in {"GET", "HEAD"} or request.path == "/ws"
     if order and request.headers.get("Origin", own) != own:
@@ -338,7 +360,7 @@ async def protect(request, handler):
 
 
 def forwarded(request, name):
-    """The last value of a header: the router's own. What precedes it, anyone wrote."""
+    """The last value of a header: the router's own. What precedes it, anyone may have sent."""
     return request.headers.getall(name, [""])[-1].rpartition(",")[2].strip()
 
 
@@ -348,10 +370,12 @@ async def authorize(request, handler):
     name = request.match_info.route.name  # None: there is no such page (404, 405)
     private = name in {"chat", "messages", "websocket", "logout"}
     request["user"] = request["session"] = None
-    # A cookie that is not ASCII is none of ours; and the forms need no database.
+    # A cookie that is not ASCII is none of ours. And the forms need no database.
     with suppress(UnicodeError, *(() if private else (PyMongoError, TimeoutError))):
         session = await get_session(request)
         if "id" in session and name != "static":
+            # The cookie is the session: who has a copy of it stays signed in after a log-out,
+            # unless we remember that this session has ended.
             ended = request.app[ROOM].db.ended.find_one({"_id": session["id"]})
             if not await in_time(ended):
                 request["user"], request["session"] = session["user"], session
@@ -362,23 +386,24 @@ async def authorize(request, handler):
 
 @web.middleware
 async def db_handler(request, handler):
-    """Hand the database to the handler: the only one that it knows of."""
+    """Hand the database to the handler, which then needs to know of nothing else."""
     request["db"] = request.app[ROOM].db
     return await handler(request)
 
 
 async def add_headers(request, response):
-    """A signal: it runs before each response is sent, a WebSocket's or an error, too.
-
-    https://cheatsheetseries.owasp.org/cheatsheets/HTTP_Headers_Cheat_Sheet.html
-    """
+    """A signal, not a middleware: it sees every response, a WebSocket's (101) included."""
     response.headers.update(HEADERS)
     response.headers["Cache-Control"] = caching(request)
-    if HTTPS:
+    if HTTPS:  # for a year, come by HTTPS only
         response.headers["Strict-Transport-Security"] = "max-age=31536000"
 
 
+# What each of them prevents, and what to write:
+# https://cheatsheetseries.owasp.org/cheatsheets/HTTP_Headers_Cheat_Sheet.html
 HEADERS = {
+    # Scripts, styles, images, connections: from here only, and nothing inline. So even if
+    # somebody's text became HTML by a mistake of ours, it could not run.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
     "frame-ancestors 'none'",
@@ -391,27 +416,28 @@ HEADERS = {
 # ---------------------------------------------------------------------------
 # 6. Databases
 # ---------------------------------------------------------------------------
-# Four collections; each document carries the `process` that wrote it.
-#   users     _id: the folded login; login, password (a PHC string)
-#   messages  _id: 1, 2, 3, ...; user, key, text, time, process
-#   online    _id: the process; users, until
-#   ended     _id: a session that was logged out; until
+# Four collections of documents:
+#   users     _id: the folded login; login: as it was signed up; password: a PHC string
+#   messages  _id: 1, 2, 3, ...; user, key, text, time (UTC); process: who stored it
+#   online    _id, process: the process; users: its users; until: its last sign of life + 35 s
+#   ended     _id: a session that was logged out; process; until: when its cookie is void
 
 
 async def database(app):
     """Connect to MongoDB, keep the room's tasks running, and stop all that in the end."""
     local = None if MONGODB_URI else start_local_database()
     uri, limit = MONGODB_URI or local.uri, DATABASE_SECONDS * 1000
-    # "Acknowledged" means: by most servers of the replica set, and in their journals.
+    # "Acknowledged" shall mean: by most servers of the replica set, in the journals on their
+    # disks. And what we read shall be acknowledged, too. Only a replica set (setName), or a
+    # cluster of them (msg), can do that, and tell what has changed.
     client = AsyncIOMotorClient(uri, timeoutMS=limit, tz_aware=True, w="majority", journal=True)
-    # Only replica sets (and clusters of them) can tell what has changed.
     shared = {"setName", "msg"} & (await client.admin.command("hello")).keys()
     if not shared:
         print("This MongoDB has no change streams: run a single process only.")
     level = ReadConcern("majority" if shared else "local")
     db = client.get_default_database("chat", read_concern=level)
-    await db.messages.create_index(["user", "key"], unique=True)
-    for collection in (db.online, db.ended):  # where documents go when their time is up
+    await db.messages.create_index(["user", "key"], unique=True)  # each message only once
+    for collection in (db.online, db.ended):  # MongoDB deletes documents when they are void
         await collection.create_index("until", expireAfterSeconds=0)
     app[ROOM] = room = Room(db)
     room.last = max(await last_number(db) - RECENT_MAX, 0)
@@ -421,7 +447,7 @@ async def database(app):
     yield
     for task in tasks:
         task.cancel()
-    with suppress(PyMongoError, TimeoutError):  # nobody is here any more
+    with suppress(PyMongoError, TimeoutError):  # tell the others that nobody is here any more
         await asyncio.wait_for(room.look_who_is_online(), CLOSE_SECONDS)
     client.close()
     if local:
@@ -433,8 +459,8 @@ def start_local_database():
     from secantus.server import SecantusDBServer  # on Heroku there is none
 
     DATA.mkdir(exist_ok=True)
-    # Our own lock: the database's would print lines of its own. This one lasts until this
-    # process ends, however it ends.
+    # A lock of our own, because the database's prints lines of its own. The file stays open,
+    # so the lock lasts until this process ends, however it ends.
     fcntl.flock(os.open(DATA, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     # Without sync_on_commit, `kill -9` loses what was acknowledged last.
     local = SecantusDBServer(storage_path=str(DATA / "db"), sync_on_commit=True)
@@ -443,27 +469,30 @@ def start_local_database():
     return local
 
 
-# The driver keeps the same limit, but it has few threads: when they all wait for a
-# silent database, the next query waits for a thread first.
+# Every query is given DATABASE_SECONDS, then it raises TimeoutError. The driver has the same
+# limit, but it waits in threads, and has few of them: when all wait for a silent database,
+# the next query would wait for a thread first.
 in_time = partial(asyncio.wait_for, timeout=DATABASE_SECONDS)
 
 
 async def read_messages(db, first, last):
-    """The events with the numbers from `first` to `last`, in order.
+    """The events of the messages with the numbers from `first` to `last`, in order.
 
-    The one query for messages. To ask for each number costs the same in a history of
-    any length; sorting, or a range, may cost a look at all of it.
+    The one query for messages: for pages, for catching up, for what other processes stored.
+    To ask for each number by name costs the same in a history of any length. Sorting, or a
+    range, may cost a look at all of it.
     """
     numbers = {"_id": {"$in": list(range(first, last + 1))}}
     found = await in_time(db.messages.find(numbers).sort("_id").to_list())
-    # Only up to the first gap: what is being inserted may be seen in any order.
+    # Only up to the first gap: what is just being inserted may become visible in any order.
     return [event(each) for number, each in enumerate(found, first) if each["_id"] == number]
 
 
 async def last_number(db):
     """The number of the newest message, or 0.
 
-    The numbers have no gaps, so we can find its digits (base 64) one by one.
+    As the numbers have no gaps, we can find it digit by digit (in base 64), the highest
+    first, with one small query for each digit.
     """
     last, step = 0, 64**7
     while step:
@@ -474,25 +503,25 @@ async def last_number(db):
 
 
 def event(document):
-    """A stored message, as the clients see it. BSON keeps milliseconds."""
+    """A stored message as the clients see it; `time` is ISO 8601, to the millisecond."""
     fields = {name: document[name] for name in ("key", "user", "text")}
     moment = document["time"].isoformat(timespec="milliseconds")
     return {"type": "message", "id": document["_id"], **fields, "time": moment}
 
 
 async def forever(step):
-    """Repeat a step. Whatever happens in one must not end them all, in silence."""
+    """Repeat a step for ever. An exception in a task would end it, and nobody would notice."""
     while True:
         try:
             await step()
-        except Exception as error:
-            logging.warning("%s failed, and goes on: %r", step.__name__, error)
+        except Exception as error:  # noqa: BLE001 - any: that is the point
+            logging.getLogger("chat").warning("%s goes on after %r", step.__name__, error)
             await asyncio.sleep(0.5)
 
 
 async def say_goodbye(app):
-    """Store what was received, then close all WebSockets at once (1001)."""
-    with suppress(TimeoutError):  # aiohttp reads nothing more by now
+    """Store what was received, then close all WebSockets, all at once (1001)."""
+    with suppress(TimeoutError):  # by now aiohttp reads nothing more
         await asyncio.wait_for(app[ROOM].inbox.join(), 2 * DATABASE_SECONDS)
     await asyncio.gather(*(each.close(WSCloseCode.GOING_AWAY) for each in app[ROOM].connections))
 
@@ -500,10 +529,10 @@ async def say_goodbye(app):
 class Room:
     """Who is here, what was said last, and the way of every message.
 
-    All processes on one database make one chat. Each keeps a picture of what is stored
-    there: messages, who is online, sessions that have ended. Whatever may have changed
-    it rings the bell, and look() takes it anew. So a ring too many does no harm, and one
-    that got lost is made up for.
+    All processes on one database make one chat. Each keeps a picture of what is stored there:
+    messages, who is online, which sessions have ended. Whatever may have changed it rings
+    the bell, and look() takes the picture anew. So a ring too many does no harm, and one that
+    got lost is made up for by the next.
     """
 
     def __init__(self, db):
@@ -511,9 +540,9 @@ class Room:
         self.connections, self.inbox = set(), asyncio.Queue(INBOX_MAX)
         self.last = 0  # the number of the last message that was shown
         self.recent = []  # the newest events, up to `last`
-        self.online, self.elsewhere = set(), set()  # logins
+        self.online, self.elsewhere = set(), set()  # logins: all; those of other processes
         self.bell = asyncio.Event()
-        self.told = [], datetime.now(UTC)  # who is here, as the others know, and until when
+        self.told = [], datetime.now(UTC)  # what we last said in `online`; say it again then
 
     async def join(self, connection, after, writer):
         """Say who is online, then every message `after` that number, then go live."""
@@ -523,22 +552,22 @@ class Room:
         self.connections.add(connection)
         self.bell.set()
         await connection.send(encode([{"type": "online", "users": sorted(self.online)}]))
-        if after > self.last:  # another process has told it more than we know
+        if after > self.last:  # it was told by another process what we have not heard yet
             await self.read_on()
         while after < self.last - len(self.recent):
             await connection.send(encode(await read_messages(self.db, after + 1, after + PAGE)))
-            await writer.drain()  # here we may wait for this client, and do
+            await writer.drain()  # here we do wait for the client: nobody else has to
             after += PAGE
-        # From here on nothing waits, so that no new message falls between.
+        # From here on nothing waits, so no new message can fall between the two.
         if missed := [each for each in self.recent if each["id"] > after]:
             await connection.send(encode(missed))
         connection.live = True
 
     async def show(self, events):
-        """Send events to all: encoded once, one frame, the same for everybody.
+        """Send events to all: encoded once, in one frame, the same for everybody.
 
-        No `await` in here really waits (see Connection.send). So every client is sent the
-        same frames in the same order.
+        No `await` in here really waits (see Connection.send), so nothing else runs meanwhile,
+        and every client is sent the same frames in the same order.
         """
         frame = encode(events)
         for connection in list(self.connections):
@@ -546,10 +575,10 @@ class Room:
                 await connection.send(frame)
 
     async def write(self):
-        """Store all that waits in the inbox, with one insert.
+        """Store all that waits in the inbox, with one insert (group commit).
 
-        Meanwhile the next batch gathers. So the load makes the batches, and nobody ever
-        waits for a timer.
+        Meanwhile the next batch gathers. So the load itself makes the batches: few messages
+        are stored at once, many together, and nobody waits for a timer.
         """
         batch = [await self.inbox.get()]
         while not self.inbox.empty():
@@ -557,20 +586,22 @@ class Room:
         rest, start = batch.copy(), asyncio.get_running_loop().time()
         try:
             await in_time(self.store(rest))
-        finally:  # whatever happens, whose message is not known to be stored is told so
+        finally:  # whatever happened, each one whose message may not be stored is told so
             for connection, key, _ in rest:
                 await connection.refuse(key, "This message could not be stored.")
-            self.bell.set() if rest else None  # they may be stored all the same
+            self.bell.set() if rest else None  # it may be stored all the same: look
             for _ in batch:
                 self.inbox.task_done()
-        if self.elsewhere:  # who wrote last knows the next number first: now it's others' turn
+        # Who wrote last knows the next number first. So where there are other processes, we
+        # rest as long as we worked: that is their turn.
+        if self.elsewhere:
             await asyncio.sleep(asyncio.get_running_loop().time() - start)
 
     async def store(self, batch):
         """Store and show the messages of a batch, and take them out of it.
 
-        The insert itself takes the numbers: where another process was faster, the unique
-        index on `_id` refuses ours, and we number the rest anew.
+        The insert itself takes the numbers. Where another process was faster, the unique `_id`
+        refuses ours, and we number the rest anew: the index is the only lock that we need.
         """
         while batch:
             refused, stamp = None, {"time": datetime.now(UTC), "process": self.process}
@@ -581,13 +612,13 @@ class Room:
             try:
                 await self.db.messages.insert_many(documents)
             except BulkWriteError as error:
-                refused = error.details["writeErrors"][0]
+                refused = error.details["writeErrors"][0]  # it stops at the first one
                 if refused["code"] != 11000 or error.details["writeConcernErrors"]:
                     raise
                 documents = documents[: refused["index"]]
             del batch[: len(documents)]
             await self.hear([event(each) for each in documents])
-            if refused:  # either the number is taken, or the user has sent this key before
+            if refused:  # its number is taken, or its sender has sent this key before
                 await self.read_on()
                 if "key" in refused["keyPattern"]:
                     sender, _, post = batch.pop(0)
@@ -596,7 +627,7 @@ class Room:
                     await sender.send(encode([event(stored)]))
 
     async def hear(self, events):
-        """Show stored messages, if another task has not shown them yet."""
+        """Show messages that are stored, if another task has not shown them yet."""
         if news := [each for each in events if each["id"] > self.last]:
             self.last = news[-1]["id"]
             self.recent = (self.recent + news)[-RECENT_MAX:]
@@ -608,35 +639,39 @@ class Room:
             await self.hear(page)
 
     async def listen(self):
-        """Ring the bell when another process has written something (a change stream)."""
+        """Ring the bell when another process has written something (a change stream).
+
+        https://www.mongodb.com/docs/manual/changeStreams/
+        """
         others = {"$match": {"fullDocument.process": {"$ne": self.process}}}
         async with self.db.watch([others]) as stream:
             await stream.try_next()  # only this opens it
-            self.bell.set()  # for what came before
+            self.bell.set()  # for what happened before
             async for _ in stream:
                 self.bell.set()
 
     async def follow(self):
-        """Look anew when the bell rings, and now and then all the same."""
+        """Look when the bell rings, and now and then all the same."""
         await self.look()
         with suppress(TimeoutError):
             await asyncio.wait_for(self.bell.wait(), PULSE_SECONDS)
 
     async def look(self):
         """Take the picture anew, and tell the clients what has changed."""
-        self.bell.clear()
+        self.bell.clear()  # first: a ring while we look is for the next look
         await self.read_on()
         await self.look_who_is_online()
         await self.close_ended_sessions()
 
     async def look_who_is_online(self):
-        """Tell the other processes who is here, and the clients who is elsewhere."""
+        """Tell the other processes who is here, and our clients who is elsewhere."""
         now, users = datetime.now(UTC), sorted({each.user for each in self.connections})
         if users != self.told[0] or now > self.told[1]:
             until = now + timedelta(seconds=ONLINE_SECONDS)
             mine = {"users": users, "until": until, "process": self.process}
             await in_time(self.db.online.replace_one({"_id": self.process}, mine, upsert=True))
             self.told = users, now + timedelta(seconds=PULSE_SECONDS)
+        # A process that was killed cannot say so: its time runs out.
         others = self.db.online.find({"_id": {"$ne": self.process}, "until": {"$gt": now}})
         found = await in_time(others.to_list())
         self.elsewhere = {user for each in found for user in each["users"]}
@@ -645,13 +680,13 @@ class Room:
             await self.show([{"type": "joined" if user in self.online else "left", "user": user}])
 
     async def close_ended_sessions(self):
-        """Close (1008) the WebSockets of sessions that someone has logged out of."""
+        """Close (1008) the WebSockets of sessions that were logged out, or are too old."""
         now = datetime.now(UTC)
         lately = {"until": {"$gt": now + SESSION - timedelta(hours=1)}}
         ended = {each["_id"] for each in await in_time(self.db.ended.find(lately).to_list())}
         gone = {c for c in self.connections if c.session["id"] in ended or c.until < now}
         self.connections -= gone  # they hear nothing from now on
-        # We wait for none of them, but asyncio wants somebody to remember its tasks.
+        # We do not wait for them. But asyncio forgets tasks that nobody remembers.
         self.closing = asyncio.gather(*(each.close(WSCloseCode.POLICY_VIOLATION) for each in gone))
 
 
@@ -663,12 +698,12 @@ class Room:
 def set_up_templates(app):
     """Have Jinja2 render the pages: https://aiohttp-jinja2.readthedocs.io
 
-    It escapes all that a template prints: what people write never becomes HTML.
+    It escapes whatever a template prints: what people write never becomes HTML.
     """
     loader = jinja2.FileSystemLoader(HERE / "templates")
     environment = aiohttp_jinja2.setup(app, loader=loader, trim_blocks=True)
-    # It brings `url`, which makes a route's URL from its name. Its `static` knows
-    # nothing of versions, so we put our own in its place.
+    # It brings `url`, which makes a route's address from its name, and a `static` that knows
+    # nothing of versions; ours does.
     environment.globals.update(static=static_url, TEXT_MAX=TEXT_MAX, PAGE=PAGE)
 
 
@@ -678,9 +713,9 @@ def set_up_templates(app):
 
 
 def sessions():
-    """The middleware of aiohttp-session: the cookie holds the session, encrypted."""
+    """The middleware of aiohttp-session. The cookie holds the session, encrypted and signed."""
     # A browser takes a __Host- cookie over HTTPS and from this very host only. A Lax one does
-    # not come along with what other sites' forms and scripts send.
+    # not come along when another site's page sends us something.
     name, seconds = "__Host-chat" if HTTPS else "chat", int(SESSION.total_seconds())
     storage = EncryptedCookieStorage(
         secret_key(), cookie_name=name, max_age=seconds, secure=HTTPS, samesite="Lax"
@@ -689,12 +724,12 @@ def sessions():
 
 
 def secret_key():
-    """The 32 bytes that Fernet wants, made from SECRET_KEY or from a random key in data/."""
+    """The 32 bytes that encrypt, made from SECRET_KEY or from a random key kept in data/."""
     key, path = ENV.get("SECRET_KEY"), DATA / "secret-key"
     if not key:
         DATA.mkdir(exist_ok=True)
-        # "x": only if it is not there yet. The mode comes with the opening; a chmod would
-        # leave a moment in which everybody on this machine could read the key.
+        # "x": only if it is not there yet. The file is its owner's alone from the beginning;
+        # a chmod would leave a moment in which everybody on this machine could read it.
         private = partial(os.open, mode=0o600)
         with suppress(FileExistsError), open(path, "x", opener=private) as file:
             file.write(token_hex(32))
@@ -705,35 +740,35 @@ def secret_key():
 
 
 async def log_in(request, login):
-    """Begin a new session, and go to the chat."""
+    """Begin a new session, and go to the chat: 303, because what was posted is done."""
+    # A new one: if somebody had slipped an old one in, it would be that one's session, too.
     session = await new_session(request)
     session.update(id=token_hex(16), user=login)
     raise web.HTTPSeeOther("/")
 
 
 async def logout(request):
-    """End the session for good, on all processes, and go to the login."""
-    await request.read()  # what was sent along is unwanted, but if it is too big: 413
+    """End the session on all processes, and go to the login."""
+    await request.read()  # nothing of interest; but too much of it is a 413
     session = request["session"]
-    # Without this, a copy of the cookie would still open the door for days.
     note = {"until": datetime.now(UTC) + SESSION, "process": request.app[ROOM].process}
-    ended = request["db"].ended
-    await in_time(ended.update_one({"_id": session["id"]}, {"$set": note}, upsert=True))
+    ended = request["db"].ended.update_one({"_id": session["id"]}, {"$set": note}, upsert=True)
+    await in_time(ended)
     request.app[ROOM].bell.set()
     session.invalidate()
     raise web.HTTPSeeOther("/login")
 
 
 def folded(login):
-    """The form in which logins are compared: "STRASSE" is "Straße".
+    """The form in which logins are compared: "STRASSE" is "Straße", "ａｎｎａ" is "Anna".
 
-    Unicode's rules for that: https://www.unicode.org/reports/tr31/#NFKC_Modifications
+    Who looks alike to people should not be two: https://www.unicode.org/reports/tr15/
     """
     return normalize("NFKC", normalize("NFKC", login).casefold())
 
 
 def hash_password(password):
-    """A PHC string of Argon2id: 19 MiB, 2 passes, 1 lane, and its own salt.
+    """A PHC string: Argon2id with 19 MiB, 2 passes, 1 lane, and a salt of its own.
 
     https://cheatsheetseries.owasp.org/cheatsheets/Password_Storage_Cheat_Sheet.html
     """
@@ -741,17 +776,16 @@ def hash_password(password):
     return argon2.derive_phc_encoded(password.encode())
 
 
-NOBODYS_HASH = hash_password(token_hex(16))
-
-
-# One password at a time: a hundred guesses sent at once are counted one by one, and the
-# other cores stay free for the chat.
+# Hashing is slow on purpose, and uses memory on purpose. So it runs in a thread, where the
+# event loop does not wait for it, and one at a time: that leaves the other cores to the chat,
+# and a hundred guesses that are sent at once are counted one by one.
 HASHING = asyncio.Lock()
-WRONG = []  # (time, who) of each wrong password; `who` is a folded login and an address
+NOBODYS_HASH = hash_password(token_hex(16))
+WRONG = []  # (when, who): the wrong passwords; `who` is a folded login and an address
 
 
 def seconds_to_wait(who):
-    """How long `who` may not try to log in; 0 if it may. Forgets what is too old."""
+    """How long `who` may not try to log in; 0 if it may. Forgets what is too old to count."""
     start = datetime.now(UTC) - WRONG_TIME
     WRONG[:] = [each for each in WRONG if each[0] > start]
     times = [when for when, each in WRONG if each == who]
@@ -761,28 +795,30 @@ def seconds_to_wait(who):
 # ---------------------------------------------------------------------------
 # 9. Static
 # ---------------------------------------------------------------------------
+# The best request is the one that nobody has to make: a browser keeps the CSS and the
+# JavaScript for a year. When a file changes, so does its address.
 
 
 def version(name):
-    """A hash of a static file's content. Read each time: it is never out of date."""
+    """A hash of a static file's content. It is read each time, so it is never out of date."""
     return hashlib.sha256((HERE / "static" / name).read_bytes()).hexdigest()[:12]
 
 
 def static_url(name):
-    """The URL of a static file, for templates: ``/static/chat.css?v=...``."""
+    """The address of a static file, for the templates: ``/static/chat.css?v=...``."""
     return f"/static/{name}?v={version(name)}"
 
 
 def caching(request):
-    """What a browser may keep: a version of a file for a year, a page never."""
+    """What a browser may keep: https://developer.mozilla.org/docs/Web/HTTP/Guides/Caching"""
     if request.match_info.route.name != "static":
-        return "no-store"
-    # Compared, not just there: during a deploy an old process may be asked for the
-    # new version, and its old file would be kept for a year.
+        return "no-store"  # after a log-out, "back" shows nothing
+    # It must be our version: during a deploy, an old process may be asked for the new one, and
+    # the browser would keep the old file under the new address for a year.
     with suppress(OSError, ValueError):  # there is no such file
         if request.query.get("v") == version(request.match_info["filename"]):
             return "max-age=31536000, immutable"
-    return "no-cache"  # may be kept, but is asked for again each time
+    return "no-cache"  # keep it, but ask each time whether it has changed
 
 
 # ---------------------------------------------------------------------------
@@ -791,13 +827,14 @@ def caching(request):
 
 
 def main():
-    """Run until SIGTERM or Ctrl-C; or say why not, and end with status 1."""
-    # Each line at once, also where the output goes to a log.
+    """Run until SIGTERM or Ctrl-C (status 0); or say in one line why not (status 1)."""
+    # Each line at once, also where the output is a log and no terminal.
     sys.stdout.reconfigure(line_buffering=True)
     if not re.fullmatch("[0-9]{1,5}", PORT):
         sys.exit(f"chat.py: PORT is {PORT!r}: set it to a number up to 65535")
     try:
-        # Heroku's router keeps connections for 90 s: we must not be the first to close.
+        # Heroku's router keeps connections for 90 s. If we closed them sooner, it would
+        # sometimes send a request into a closing one.
         web.run_app(
             create_app(), host=HOST, port=int(PORT), keepalive_timeout=95, shutdown_timeout=1
         )

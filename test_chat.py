@@ -15,7 +15,6 @@ import os
 import random
 import re
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -29,7 +28,6 @@ from urllib.parse import urlsplit
 import aiohttp
 import pymongo
 import pytest
-from playwright.async_api import Error as PlaywrightError
 from playwright.async_api import async_playwright, expect
 
 HERE = Path(__file__).resolve().parent
@@ -1449,30 +1447,29 @@ async def test_page_and_somebody_else(mongo):
     async with (
         Chat(MONGODB_URI=mongo()) as chat,
         browser() as it,
-        people(chat, "mallory") as [other],
+        people(chat, "mallory") as [other],tab(it, chat, "anna") as page
     ):
-        async with tab(it, chat, "anna") as page:
-            chat.kill()
-            await type_in(page, "a secret")
-            await expect(page.locator("#unsent li")).to_have_count(1)
-            chat.start()
-            # At this moment the cookie becomes another one's, before the page is back.
-            cookie = (await other.form("/login")).cookies["chat"]
-            await page.context.add_cookies(
-                [{"name": "chat", "value": cookie.value, "url": chat.url}]
-            )
-            await expect(page.locator("#chat")).to_have_attribute(
-                "data-user", "mallory", timeout=15000
-            )
-            await type_in(page, "hello")
-            await wait_for_texts(page, "hello")
-            assert "a secret" not in await page.content()
-            await page.context.clear_cookies()
-            await page.goto(chat.url + "/login")
-            await fill_form(page, "anna")
-            await page.wait_for_url(chat.url + "/")
-            await wait_for_texts(page, "hello", "a secret")
-            await expect(page.locator("#messages b").last).to_have_text("anna")
+        chat.kill()
+        await type_in(page, "a secret")
+        await expect(page.locator("#unsent li")).to_have_count(1)
+        chat.start()
+        # At this moment the cookie becomes another one's, before the page is back.
+        cookie = (await other.form("/login")).cookies["chat"]
+        await page.context.add_cookies(
+            [{"name": "chat", "value": cookie.value, "url": chat.url}]
+        )
+        await expect(page.locator("#chat")).to_have_attribute(
+            "data-user", "mallory", timeout=15000
+        )
+        await type_in(page, "hello")
+        await wait_for_texts(page, "hello")
+        assert "a secret" not in await page.content()
+        await page.context.clear_cookies()
+        await page.goto(chat.url + "/login")
+        await fill_form(page, "anna")
+        await page.wait_for_url(chat.url + "/")
+        await wait_for_texts(page, "hello", "a secret")
+        await expect(page.locator("#messages b").last).to_have_text("anna")
 
 
 @asynchronous
@@ -1524,3 +1521,167 @@ async def test_page_needs_no_sideways_scrolling(chat, width, zoom):
             for path in ("/login", "/signup"):
                 await page.goto(chat.url + path)
                 assert await page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+# ---------------------------------------------------------------------------
+# The tutorial against the code
+# ---------------------------------------------------------------------------
+# A link into a file with lines has the form  [`name`](../chat.py#L1-L9)  and may be followed
+# by an excerpt of that definition; in other files the name is what the line contains. In a
+# `diff`, what stays and what goes must be there. `console` blocks are run.
+
+CHAPTERS = sorted((HERE / "tutorial").glob("[0-9]*.md"))
+TEXTS = [HERE / "README.md", HERE / "tutorial" / "README.md", *CHAPTERS]
+LINK = re.compile(r"(?<!!)\[([^\]\n]*)\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def definitions():
+    """The first and last line of each definition in chat.py, by its name."""
+    found = {}
+    tree = ast.parse((HERE / "chat.py").read_text())
+    for parent in (tree, *(each for each in tree.body if isinstance(each, ast.ClassDef))):
+        prefix = f"{parent.name}." if parent is not tree else ""
+        for each in parent.body:
+            if isinstance(each, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                first = min([each.lineno, *(one.lineno for one in each.decorator_list)])
+                found[prefix + each.name] = first, each.end_lineno
+            elif isinstance(each, ast.Assign) and not prefix:
+                for target in each.targets:
+                    for name in ast.walk(target):
+                        if isinstance(name, ast.Name):
+                            found[name.id] = each.lineno, each.end_lineno
+    return found
+
+
+def place(path, name):
+    """The fragment that a link to a name in a file must have."""
+    if path.name == "chat.py":
+        first, last = definitions()[name]
+        return f"L{first}-L{last}" if last > first else f"L{first}"
+    lines = path.read_text().splitlines()
+    [line] = [number for number, line in enumerate(lines, 1) if name in line]
+    return f"L{line}"
+
+
+def line_links(text):
+    """Each link of a text into a file with lines: the match, its name, path and fragment."""
+    for match in LINK.finditer(text.read_text()):
+        target, _, fragment = match[2].partition("#")
+        if re.match(r"L\d", fragment) and not target.startswith("http"):
+            yield match, match[1], (text.parent / target).resolve(), fragment
+
+
+def put_right():
+    """Put all line numbers right; names that are nowhere are left to the tests."""
+    for text in TEXTS:
+        new = text.read_text()
+        for match, name, path, fragment in line_links(text):
+            with contextlib.suppress(KeyError, ValueError):
+                right = match[0].replace("#" + fragment, "#" + place(path, name.strip("`")))
+                new = new.replace(match[0], right)
+        if new != text.read_text():
+            text.write_text(new)
+            print(f"{text.relative_to(HERE)}: line numbers put right")
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
+def test_line_links(text):
+    for _, name, path, fragment in line_links(text):
+        assert re.fullmatch("`[^`]+`", name), f"{name}: a link with lines is named `so`"
+        assert fragment == place(path, name.strip("`")), f"{name}: python test_chat.py"
+
+
+def test_every_definition_is_explained():
+    linked = {name.strip("`") for text in CHAPTERS for _, name, _, _ in line_links(text)}
+    hidden = {name for name in definitions() if name.endswith("__")}
+    assert definitions().keys() - hidden - linked == set()
+
+
+def is_excerpt(block, lines):
+    """Whether a block stands in these lines; `...` alone in a line is for what is left out."""
+    pattern = "".join(
+        r"(?:.*\n)*?" if line.strip() == "..." else re.escape(line) + r"\n" for line in block
+    )
+    return re.search(r"(?:^|\n)" + pattern, "\n".join(lines) + "\n") is not None
+
+
+@pytest.mark.parametrize("text", CHAPTERS, ids=lambda text: text.name)
+def test_excerpts(text):
+    content, source = text.read_text(), (HERE / "chat.py").read_text().splitlines()
+    for fence in FENCE.finditer(content):
+        block = fence[2].splitlines()
+        if fence[1] == "python":
+            before = [each for each in line_links(text) if each[0].end() < fence.start()]
+            _, name, path, _ = before[-1]
+            assert path.name == "chat.py", f"no definition before {block[0]}"
+            first, last = definitions()[name.strip("`")]
+            assert is_excerpt(block, source[first - 1 : last]), f"{name}: {fence[2]}"
+        elif fence[1] == "diff":
+            stays = [line[1:] for line in block if line[:1] in (" ", "-")]
+            path = HERE / (block[0][4:] if block[0].startswith("--- ") else "chat.py")
+            stays = stays[1:] if block[0].startswith("--- ") else stays
+            assert all(line in path.read_text().splitlines() for line in stays), fence[2]
+
+
+def test_chapters_are_the_sections():
+    sections = re.findall(r"^# (\d+)\. (.*)$", (HERE / "chat.py").read_text(), re.MULTILINE)
+    heads = [re.match(r"# (\d+)\. (.*)", each.read_text()).groups() for each in CHAPTERS]
+    assert sections == heads
+    assert [int(each.name[:2]) for each in CHAPTERS] == list(range(1, 11))
+    assert [int(number) for number, _ in sections] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
+def test_no_dead_links(text):
+    for match in LINK.finditer(FENCE.sub("", text.read_text())):
+        target, _, fragment = match[2].partition("#")
+        if target.startswith(("http:", "https:")):
+            continue
+        path = (text.parent / target).resolve() if target else text
+        assert path.exists(), match[0]
+        if fragment and not re.match(r"L\d", fragment):
+            heads = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert fragment in anchors, match[0]
+
+
+def commands(text):
+    """The commands of a chapter's `console` blocks, each with the output that it shows."""
+    for fence in FENCE.finditer(text.read_text()):
+        if fence[1] == "console":
+            for part in re.split(r"^\$ ", fence[2], flags=re.MULTILINE)[1:]:
+                command, *shown = part.splitlines()
+                while shown and shown[0].startswith("> "):
+                    command += "\n" + shown.pop(0)[2:]
+                yield command, shown
+
+
+@pytest.mark.parametrize("text", CHAPTERS, ids=lambda text: text.name)
+def test_commands(house, text):
+    """What a chapter's commands print, run one after the other against a running chat."""
+    if not list(commands(text)):
+        return
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with Chat(house) as chat:
+        for command, shown in commands(text):
+            result = subprocess.run(
+                command.replace("http://127.0.0.1:8080", chat.url),
+                shell=True,
+                cwd=house,
+                env=os.environ | {"PATH": path, "TZ": "UTC"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=20,
+            )
+            output = result.stdout.replace(chat.url, "http://127.0.0.1:8080").replace("\r", "")
+            pattern = "\n".join(
+                "(?:.*\n?)*?" if line == "..." else re.escape(line).replace(r"\.\.\.", ".*")
+                for line in shown
+            )
+            assert re.fullmatch(pattern, output.rstrip("\n")), f"$ {command}\n{output}"
+
+
+if __name__ == "__main__":
+    put_right()
