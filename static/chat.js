@@ -1,4 +1,4 @@
-// The chat page. Without it, the page still shows the newest messages, and links to older ones.
+// The chat page. Without this, it still shows the messages, and links to older ones.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -10,18 +10,19 @@ if ($("chat")) start();
 
 function start() {
   const { user, limit, page } = $("chat").dataset;
-  const log = $("log"), list = $("messages"), box = $("text");
-  const numbers = [...list.children].map((item) => Number(item.dataset.id));
-  let newest = numbers.at(-1) ?? 0; // the highest number that is shown
+  const log = $("log"), list = $("messages"), box = $("text"), title = document.title;
+  let newest = Number(list.lastElementChild?.dataset.id ?? 0); // the highest number shown
   let socket, timer, pause = 500, leaving = false;
-  let unseen = 0, unread = 0; // below the visible part; while the tab was hidden
+  let following = true, top = 0; // the reader is at the bottom, and wants to stay there
+  let unseen = 0, unread = 0; // messages further down; messages while the tab was hidden
   const online = new Set();
-  const title = document.title;
 
   // ---- One message: a copy of the page's own <template>, filled in
 
-  function fill(item, { id, user: who, text, time }) {
-    item.dataset.id = id;
+  const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
+
+  function fill(item, { id, key, user: who, text, time }) {
+    Object.assign(item.dataset, { id, key });
     item.classList.toggle("mine", who === user);
     item.querySelector("b").textContent = who;
     const stamp = item.querySelector("time"), date = new Date(time);
@@ -32,17 +33,16 @@ function start() {
     return item;
   }
 
-  const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
-  const make = (event) => fill(copy("message"), event);
+  // Text nodes and links: what somebody wrote is never parsed as HTML. A link may end with
+  // a pair of parentheses, but not with the full stop of the sentence around it.
+  const LINK = /(https?:\/\/(?:\([^\s<>"()]*\)|[^\s<>"()])*(?:\([^\s<>"()]*\)|[^\s<>"'.,:;!?()[\]{}]))/i;
 
-  // Text nodes and links: what somebody wrote is never parsed as HTML.
   function withLinks(text) {
-    return text.split(/(https?:\/\/[^\s<>"]*[^\s<>"'.,:;!?)\]}])/i).map((part, index) => {
+    return text.split(LINK).map((part, index) => {
       if (index % 2 === 0 || !URL.canParse(part)) return document.createTextNode(part);
       const link = document.createElement("a");
-      Object.assign(link, { href: part, textContent: part, target: "_blank" });
-      link.rel = "noopener noreferrer nofollow ugc";
-      return link;
+      const rel = "noopener noreferrer nofollow ugc";
+      return Object.assign(link, { href: part, textContent: part, target: "_blank", rel });
     });
   }
 
@@ -62,22 +62,24 @@ function start() {
   const atBottom = () => log.scrollHeight - log.scrollTop - log.clientHeight < 60;
 
   function toBottom() {
-    log.scrollTop = log.scrollHeight;
-    unseen = 0;
-    $("jump").hidden = true;
+    following = true;
+    log.scrollTop = top = log.scrollHeight;
+    showUnseen((unseen = 0));
+  }
+
+  function showUnseen() {
+    $("jump").hidden = !unseen;
+    $("jump").textContent = unseen === 1 ? "1 new message ↓" : `${unseen} new messages ↓`;
   }
 
   function show(event) {
     settle(event);
     if (event.id <= newest) return; // it is there already
     newest = event.id;
-    const follow = atBottom() || event.user === user, item = make(event);
-    list.append(item);
-    arrange(item);
-    if (document.hidden) document.title = `(${++unread}) ${title}`;
-    if (follow) return toBottom();
-    $("jump").hidden = false;
-    $("jump").textContent = ++unseen === 1 ? "1 new message ↓" : `${unseen} new messages ↓`;
+    list.append(fill(copy("message"), event));
+    arrange(list.lastElementChild);
+    if (!following) showUnseen(++unseen);
+    if (document.hidden && event.user !== user) document.title = `(${++unread}) ${title}`;
   }
 
   let loading = false;
@@ -92,13 +94,17 @@ function start() {
       if (answer.redirected) return leave();
       if (!answer.ok) throw new Error(answer.status);
       const { messages } = await answer.json();
-      const items = messages.map(make), height = log.scrollHeight, top = log.scrollTop;
+      const items = messages.map((event) => fill(copy("message"), event));
+      const height = log.scrollHeight, place = log.scrollTop;
       log.setAttribute("aria-live", "off"); // old ones are no news
       list.prepend(...items);
       [...items, first].forEach(arrange);
-      if (messages.length < page || messages[0].id === 1) link.remove();
-      else link.textContent = "Older messages";
-      log.scrollTop = top + log.scrollHeight - height;
+      link.textContent = "Older messages";
+      if (messages.length < page || messages[0].id === 1) {
+        if (document.activeElement === link) log.focus();
+        link.remove();
+      }
+      log.scrollTop = place + log.scrollHeight - height;
       setTimeout(() => log.removeAttribute("aria-live"), 500);
     } catch {
       link.textContent = "Older messages could not be loaded. Try again";
@@ -110,25 +116,27 @@ function start() {
 
   // ---- Who is here
 
-  function showOnline(news = "") {
+  function showOnline(news) {
     $("news").textContent = news;
     $("count").textContent = online.size;
-    const items = [...online].sort().map((name) => {
-      const item = document.createElement("li");
-      Object.assign(item, { textContent: name, dir: "auto" });
-      return item;
-    });
-    $("online").replaceChildren(...items);
+    const names = [...online].sort().map((textContent) => Object.assign(document.createElement("li"), { textContent, dir: "auto" }));
+    $("online").replaceChildren(...names);
   }
 
   // ---- Writing. What is not known to be stored waits in `unsent`, and in the browser's
-  // storage, under its writer's name. To send it twice does no harm: it keeps its key.
+  // storage under its writer's name. To send it twice does no harm: it keeps its key.
 
-  const unsent = new Map(); // key -> { key, text, failed, item }
-  const mine = `unsent ${user} `;
+  const unsent = new Map(); // key -> { key, text, at, failed, item }
+  const mine = `unsent ${user} `, draft = `draft ${user}`;
+
+  function keep(storage, name, value) {
+    try {
+      storage.setItem(name, value);
+    } catch {} // it is full, or forbidden: all goes on, but a reload would lose this
+  }
 
   function remember({ key, text, at, failed }) {
-    localStorage.setItem(mine + key, JSON.stringify({ key, text, at, failed }));
+    keep(localStorage, mine + key, JSON.stringify({ key, text, at, failed }));
   }
 
   function add(message) {
@@ -162,10 +170,11 @@ function start() {
 
   function transmit(message) {
     if (message.failed || socket.readyState !== WebSocket.OPEN) return;
-    const { key, text } = message, via = socket;
-    via.send(JSON.stringify({ text, key }));
+    const attempt = (message.attempt = {}), { key, text } = message;
+    socket.send(JSON.stringify({ text, key }));
     // No answer at all, not even an error: the line is dead, and nobody has told us.
-    setTimeout(() => unsent.has(key) && !message.failed && via === socket && drop(), 15000);
+    const waits = () => unsent.get(key)?.attempt === attempt && !message.failed;
+    setTimeout(() => waits() && drop(), 15000);
   }
 
   function settle({ key, user: who = user }) {
@@ -185,10 +194,13 @@ function start() {
 
   const length = () => [...box.value.trim()].length; // code points, as the server counts
 
+  // A draft is kept for this tab, and for the next one, should this one be closed.
   function typed() {
-    localStorage.setItem("draft " + user, box.value);
-    const left = limit - length();
-    $("counter").textContent = left < 0 ? `${-left} characters too many` : left < 200 ? `${left} characters left` : "";
+    const before = sessionStorage.getItem(draft);
+    keep(sessionStorage, draft, box.value);
+    if (box.value || localStorage.getItem(draft) === before) keep(localStorage, draft, box.value);
+    const left = limit - length(), some = `${Math.abs(left)} character${Math.abs(left) === 1 ? "" : "s"}`;
+    $("counter").textContent = left < 0 ? `${some} too many` : left < 200 ? `${some} left` : "";
     $("counter").classList.toggle("fault", left < 0);
     box.setAttribute("aria-invalid", left < 0);
   }
@@ -208,52 +220,54 @@ function start() {
 
   // ---- The connection
 
-  function connect() {
-    clearTimeout(timer);
-    const url = new URL("/ws", location.href.replace(/^http/, "ws"));
-    url.search = new URLSearchParams({ after: newest, user });
-    const mySocket = (socket = new WebSocket(url));
-    let opened = false;
-    socket.onopen = () => {
-      opened = true;
-      pause = 500;
-      $("connection").textContent = "";
-      unsent.forEach(transmit); // in the order in which they were typed
-    };
-    socket.onmessage = ({ data }) => JSON.parse(data).forEach((event) => handlers[event.type]?.(event));
-    socket.onclose = ({ code }) => {
-      if (mySocket !== socket) return;
-      if (code === 1008) return leave();
-      if (!opened) checkSession(); // a refused handshake does not tell why
-      $("connection").textContent = "Not connected. Trying again …";
-      timer = setTimeout(connect, Math.min(5000, pause * (1 + Math.random() / 4)));
-      pause = Math.min(5000, pause * 1.6);
-    };
-  }
-
-  function drop() {
-    socket.onclose({ code: 1006 }); // not when the browser notices, but now
-    socket.onclose = null;
-    socket.close();
-  }
-
   const handlers = {
     message: show,
     error: refuse,
     online({ users }) {
+      pause = 500;
       online.clear();
       users.forEach((name) => online.add(name));
-      showOnline();
+      showOnline("");
     },
-    joined({ user: who }) {
-      online.add(who);
-      showOnline(`${who} has come`);
-    },
-    left({ user: who }) {
-      online.delete(who);
-      showOnline(`${who} has left`);
-    },
+    joined: ({ user: who }) => showOnline(`${who} has come`, online.add(who)),
+    left: ({ user: who }) => showOnline(`${who} has left`, online.delete(who)),
   };
+
+  function connect() {
+    clearTimeout(timer);
+    const url = new URL("/ws", location.href.replace(/^http/, "ws"));
+    url.search = new URLSearchParams({ after: newest, user });
+    const own = (socket = new WebSocket(url));
+    let opened = false;
+    timer = setTimeout(drop, 4000); // no answer, not even a no
+    socket.onopen = () => {
+      opened = true;
+      clearTimeout(timer);
+      $("connection").textContent = "";
+      unsent.forEach(transmit); // in the order in which they were typed
+    };
+    socket.onmessage = ({ data }) => {
+      if (own !== socket) return;
+      JSON.parse(data).forEach((event) => handlers[event.type]?.(event));
+      if (following) toBottom();
+    };
+    socket.onclose = ({ code }) => {
+      if (own !== socket) return;
+      if (code === 1008) return leave();
+      if (!opened) checkSession(); // a refused handshake does not tell why
+      $("connection").textContent = "Not connected. Trying again …";
+      clearTimeout(timer);
+      timer = setTimeout(connect, Math.min(4000, pause) * (1 + Math.random() / 4));
+      pause = Math.min(4000, pause * 1.6);
+    };
+  }
+
+  // Give the line up now: the browser itself may take minutes to notice.
+  function drop() {
+    socket.onclose?.({ code: 1006 });
+    socket.onclose = null;
+    socket.close();
+  }
 
   async function checkSession() {
     const answer = await fetch("/messages?before=0").catch(() => null);
@@ -264,7 +278,7 @@ function start() {
     if (leaving) return;
     leaving = true;
     clearTimeout(timer);
-    sessionStorage.setItem("ended", "yes");
+    keep(sessionStorage, "ended", "yes");
     location.replace("/login");
   }
 
@@ -274,50 +288,67 @@ function start() {
 
   // ---- What the page starts with
 
-  [...list.children].forEach((item) => {
-    const text = item.querySelector(".text").textContent, time = item.querySelector("time").dateTime;
-    fill(item, { id: item.dataset.id, user: item.querySelector("b").textContent, text, time });
-    arrange(item);
-  });
   Object.keys(localStorage)
     .filter((name) => name.startsWith(mine))
     .map((name) => JSON.parse(localStorage.getItem(name)))
     .sort((a, b) => a.at - b.at)
     .forEach(add);
-  box.value = localStorage.getItem("draft " + user) ?? "";
+  for (const item of list.children) {
+    const { id, key } = item.dataset, who = item.querySelector("b").textContent;
+    const text = item.querySelector(".text").textContent, time = item.querySelector("time").dateTime;
+    fill(item, { id, key, user: who, text, time });
+    arrange(item);
+    settle({ key, user: who });
+  }
+  const old = sessionStorage.getItem(draft) ?? localStorage.getItem(draft);
+  if (old !== box.value) box.value = [old, box.value].filter(Boolean).join("\n"); // typed already
   typed();
   toBottom();
   connect();
 
+  $("write").querySelector("button").disabled = false;
+  $("write").onsubmit = (event) => {
+    event.preventDefault();
+    send();
+    box.focus();
+  };
   box.oninput = typed;
   box.onkeydown = (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
     send();
   };
-  $("write").onsubmit = (event) => {
-    event.preventDefault();
-    send();
-    box.focus();
+  document.onkeydown = ({ key, ctrlKey, metaKey, altKey }) => {
+    const idle = [document.body, log].includes(document.activeElement);
+    if (idle && key.length === 1 && key !== " " && !ctrlKey && !metaKey && !altKey) box.focus();
   };
   $("jump").onclick = () => {
     toBottom();
     box.focus();
   };
-  if ($("older")) $("older").onclick = (event) => {
-    event.preventDefault();
-    loadOlder();
-  };
+  document.querySelector("header form").onsubmit = () => (leaving = true);
+  if ($("older")) {
+    $("older").onclick = (event) => {
+      event.preventDefault();
+      loadOlder();
+    };
+  }
   log.onscroll = () => {
+    following = atBottom() || (following && log.scrollTop >= top); // it may just have shrunk
+    top = log.scrollTop;
+    if (following) showUnseen((unseen = 0));
     if (log.scrollTop < 200 && !$("older")?.dataset.failed) loadOlder();
-    if (atBottom()) toBottom();
   };
-  window.addEventListener("online", connectNow);
-  window.addEventListener("offline", drop);
-  document.addEventListener("visibilitychange", () => {
+  new ResizeObserver(() => following && toBottom()).observe(log);
+  window.onstorage = ({ key, newValue }) => {
+    if (key?.startsWith(mine) && !newValue) settle({ key: key.slice(mine.length) }); // in another tab
+  };
+  window.ononline = connectNow;
+  window.onoffline = drop;
+  document.onvisibilitychange = () => {
     if (document.hidden) return;
     unread = 0;
     document.title = title;
     connectNow();
-  });
+  };
 }
