@@ -1396,6 +1396,7 @@ async def test_page_older_messages(mongo):
             # The smallest step up leads away from the bottom; only the messages scroll.
             await page.evaluate("document.getElementById('log').scrollTop = 1e9")
             await page.locator("#log").press("ArrowUp")
+            await asyncio.sleep(0.5)  # it glides
             gap = "(log => log.scrollHeight - log.scrollTop - log.clientHeight)(document.getElementById('log'))"
             assert await page.evaluate(gap) > 20
             assert await page.evaluate("document.documentElement.scrollHeight <= innerHeight")
@@ -1411,6 +1412,8 @@ async def test_page_older_messages(mongo):
 @asynchronous
 async def test_page_typing(chat):
     async with browser() as it, tab(it, chat) as page:
+        await type_in(page, "begin")
+        await expect(page.locator("#messages .text").last).to_have_text("begin")
         count = await page.locator("#messages li").count()
         box, counter = page.locator("#text"), page.locator("#counter")
         await box.fill("😀" * 1900)
