@@ -1401,6 +1401,7 @@ async def test_page_older_messages(mongo):
             assert await page.evaluate(gap) > 20
             assert await page.evaluate("document.documentElement.scrollHeight <= innerHeight")
             await page.locator("#log").press("PageUp")
+            await asyncio.sleep(0.5)
             # New messages do not pull somebody away who reads old ones.
             await person.say("news")
             jump = page.get_by_role("button", name="1 new message")
