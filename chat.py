@@ -30,7 +30,9 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
+import warnings
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -65,7 +67,7 @@ HTTPS = ENV.get("HTTPS") == "1"  # behind a router that speaks HTTPS for us
 
 # The limits. Without them, one careless or hostile client could use up what all need.
 
-PAGE, RECENT_MAX = 50, 500  # messages: in a page or a query; in memory, for who comes back
+PAGE, RECENT_MAX = 50, 200  # messages: in a page or a query; in memory, for who comes back
 TEXT_MAX, KEY_MAX = 2_000, 64  # characters: of a message; of a client's own name for it
 BODY_MAX = 64 * 1024  # bytes of a form, or of a WebSocket frame
 INBOX_MAX = 200  # messages that wait to be stored by one insert; then their senders wait
@@ -157,11 +159,10 @@ async def websocket(request):
     room = request.app[ROOM]
     after = number(request.query.get("after", str(room.last)) or "0")
     # aiohttp refuses frames from max_msg_size on (1009). A browser offers to deflate, but to
-    # do that for each client anew would halve the speed. And with such a writer_limit,
-    # sending never waits: Connection.send() tells why.
-    ws = web.WebSocketResponse(
-        heartbeat=HEARTBEAT, max_msg_size=BODY_MAX + 1, compress=False, writer_limit=sys.maxsize
-    )
+    # do that for each client anew would halve the speed. With such a writer_limit, sending
+    # never waits: Connection.send() tells why; so pongs have to go that way, too.
+    limits = {"max_msg_size": BODY_MAX + 1, "writer_limit": sys.maxsize}
+    ws = web.WebSocketResponse(heartbeat=HEARTBEAT, autoping=False, compress=False, **limits)
     writer = await ws.prepare(request)
     connection = Connection(ws, request)
     try:
@@ -172,21 +173,29 @@ async def websocket(request):
         async for frame in ws:
             if frame.type is WSMsgType.BINARY:
                 await connection.close(WSCloseCode.UNSUPPORTED_DATA)
+            elif frame.type is WSMsgType.PING:
+                await connection.send(frame.data, ws.pong)
             elif frame.type is WSMsgType.TEXT:
                 text, key = read_post(frame.data)
-                if text:
+                if text and not room.closing:
                     post = {"user": connection.user, "key": key or token_hex(16), "text": text}
                     # While the inbox is full, this waits, so we read nothing more, so the
                     # client cannot send: who is too fast is slowed down, and loses nothing.
                     await room.inbox.put((connection, key, post))
                 else:
-                    await connection.refuse(key, f"A message has 1 to {TEXT_MAX:,} characters.")
+                    await connection.refuse(key, GOODBYE if text else NO_MESSAGE)
+                    await asyncio.sleep(0)  # let others run: nothing else slows down nonsense
     except (PyMongoError, TimeoutError, ConnectionError):  # it missed something: come again!
         await connection.close(WSCloseCode.TRY_AGAIN_LATER)
     finally:
         room.connections.discard(connection)
         room.bell.set()
     return ws
+
+
+# What a client is told whose message is not stored.
+NO_MESSAGE = f"A message has 1 to {TEXT_MAX:,} characters, and a key of at most {KEY_MAX}."
+GOODBYE = "This message was not stored: the chat is just ending."
 
 
 def read_post(data):
@@ -219,8 +228,8 @@ class Connection:
         self.until = datetime.fromtimestamp(self.session.created, UTC) + SESSION
         self.live = False  # it has caught up, and is shown what comes
 
-    async def send(self, frame):
-        """Send a frame (a string), without ever waiting for the client.
+    async def send(self, frame, send=None):
+        """Send a frame (a string, or with `ws.pong` bytes), without waiting for the client.
 
         If we waited, one client that stops reading would hold up all the others. So what it
         leaves unread waits in memory, and when that is too much, we cut it off: the page
@@ -229,7 +238,7 @@ class Connection:
         if self.transport.get_write_buffer_size() > UNREAD_MAX:
             self.transport.abort()
         with suppress(ConnectionError):  # it is closing anyway
-            await self.ws.send_str(frame)
+            await (send or self.ws.send_str)(frame)
 
     async def refuse(self, key, reason):
         """Tell this client alone that a message of its is not stored."""
@@ -241,10 +250,9 @@ class Connection:
 
         The codes: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
         """
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self.ws.close(code=code), CLOSE_SECONDS)
-        except TimeoutError:
-            self.transport.abort()
+        self.transport.abort()
 
 
 # At last the forms. A view is a class with a method for each method of HTTP.
@@ -270,9 +278,10 @@ class Form(web.View):
         """The login and the password that were posted."""
         # An unknown charset, bytes that are not of it, a torn body, a file for a text: all
         # that is the sender's fault (400), not ours (500).
-        with suppress(LookupError, ValueError, web.RequestPayloadError, HttpProcessingError):
+        with suppress(LookupError, RuntimeError, TypeError, ValueError):
             form = await self.request.post()
-            fields = form.get("login", ""), form.get("password", "")
+            # Nobody has a login this long, and to normalize a very long one takes seconds.
+            fields = form.get("login", "")[:100], form.get("password", "")
             if all(map(is_text, fields)):
                 return fields
         raise web.HTTPBadRequest(text="This form cannot be read.")
@@ -336,6 +345,8 @@ async def error_pages(request, handler):
         return await handler(request)
     except web.HTTPException as raised:
         error = raised
+    except (web.RequestPayloadError, HttpProcessingError):  # a body that cannot be unpacked
+        error = web.HTTPBadRequest()
     except (PyMongoError, TimeoutError):
         error = web.HTTPServiceUnavailable(text="The database does not answer. Try again soon.")
     if error.status >= 400:  # redirects are raised, too
@@ -348,7 +359,8 @@ async def error_pages(request, handler):
 async def protect(request, handler):
     """HTTPS only, where that is set; and no orders from other sites (CSRF)."""
     if HTTPS and forwarded(request, "X-Forwarded-Proto") == "http":
-        raise web.HTTPPermanentRedirect(f"https://{request.host}{request.path_qs}")
+        target = {"Location": f"https://{request.host}{request.path_qs}"}
+        return web.Response(status=308, headers=target)
     # A browser adds the cookie to whatever a page of any site makes it send. Only the Origin
     # tells which site that was; who sends none is no browser. The WebSocket needs it most:
     # browsers let every site open one to every other.
@@ -521,7 +533,10 @@ async def forever(step):
 
 async def say_goodbye(app):
     """Store what was received, then close all WebSockets, all at once (1001)."""
-    with suppress(TimeoutError):  # by now aiohttp reads nothing more
+    # What comes from now on is refused: else who sends without pause would keep us for ever.
+    app[ROOM].closing = True
+    await asyncio.sleep(CLOSE_SECONDS / 2)  # for what has come, but was not looked at
+    with suppress(TimeoutError):
         await asyncio.wait_for(app[ROOM].inbox.join(), 2 * DATABASE_SECONDS)
     await asyncio.gather(*(each.close(WSCloseCode.GOING_AWAY) for each in app[ROOM].connections))
 
@@ -541,7 +556,7 @@ class Room:
         self.last = 0  # the number of the last message that was shown
         self.recent = []  # the newest events, up to `last`
         self.online, self.elsewhere = set(), set()  # logins: all; those of other processes
-        self.bell = asyncio.Event()
+        self.bell, self.closing = asyncio.Event(), False
         self.told = [], datetime.now(UTC)  # what we last said in `online`; say it again then
 
     async def join(self, connection, after, writer):
@@ -556,7 +571,8 @@ class Room:
             await self.read_on()
         while after < self.last - len(self.recent):
             await connection.send(encode(await read_messages(self.db, after + 1, after + PAGE)))
-            await writer.drain()  # here we do wait for the client: nobody else has to
+            # Here we do wait for the client, as nobody else has to; but not for ever.
+            await asyncio.wait_for(writer.drain(), HEARTBEAT)
             after += PAGE
         # From here on nothing waits, so no new message can fall between the two.
         if missed := [each for each in self.recent if each["id"] > after]:
@@ -621,10 +637,11 @@ class Room:
             if refused:  # its number is taken, or its sender has sent this key before
                 await self.read_on()
                 if "key" in refused["keyPattern"]:
-                    sender, _, post = batch.pop(0)
+                    sender, _, post = batch[0]
                     same = {"user": post["user"], "key": post["key"]}
                     stored = await self.db.messages.find_one(same)
                     await sender.send(encode([event(stored)]))
+                    del batch[0]  # not before: until then it may still have to be refused
 
     async def hear(self, events):
         """Show messages that are stored, if another task has not shown them yet."""
@@ -687,7 +704,9 @@ class Room:
         gone = {c for c in self.connections if c.session["id"] in ended or c.until < now}
         self.connections -= gone  # they hear nothing from now on
         # We do not wait for them. But asyncio forgets tasks that nobody remembers.
-        self.closing = asyncio.gather(*(each.close(WSCloseCode.POLICY_VIOLATION) for each in gone))
+        self.farewells = asyncio.gather(
+            *(each.close(WSCloseCode.POLICY_VIOLATION) for each in gone)
+        )
 
 
 # ---------------------------------------------------------------------------
@@ -735,7 +754,7 @@ def secret_key():
             file.write(token_hex(32))
         key = path.read_text()
     if len(key) < 16:
-        sys.exit("chat.py: SECRET_KEY is too short: use 16 characters or more")
+        sys.exit(f"chat.py: SECRET_KEY (or {path}) is too short: use 16 characters or more")
     return hashlib.sha256(os.fsencode(key)).digest()
 
 
@@ -814,10 +833,11 @@ def caching(request):
     if request.match_info.route.name != "static":
         return "no-store"  # after a log-out, "back" shows nothing
     # It must be our version: during a deploy, an old process may be asked for the new one, and
-    # the browser would keep the old file under the new address for a year.
-    with suppress(OSError, ValueError):  # there is no such file
-        if request.query.get("v") == version(request.match_info["filename"]):
-            return "max-age=31536000, immutable"
+    # the browser would keep the old file under the new address for a year. And it must be
+    # one of our files: anybody may ask for "/static//dev/zero", which has no end.
+    name = request.match_info["filename"]
+    if name in os.listdir(HERE / "static") and request.query.get("v") == version(name):
+        return "max-age=31536000, immutable"
     return "no-cache"  # keep it, but ask each time whether it has changed
 
 
@@ -828,26 +848,29 @@ def caching(request):
 
 def main():
     """Run until SIGTERM or Ctrl-C (status 0); or say in one line why not (status 1)."""
-    # Each line at once, also where the output is a log and no terminal.
+    # Each line at once, also where the output is a log and no terminal. And none of the
+    # driver's warnings: they may quote parts of a mistyped password.
     sys.stdout.reconfigure(line_buffering=True)
-    if not re.fullmatch("[0-9]{1,5}", PORT):
-        sys.exit(f"chat.py: PORT is {PORT!r}: set it to a number up to 65535")
+    warnings.simplefilter("ignore", UserWarning)
+    try:
+        family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
+        listening = socket.create_server((HOST, int(PORT)), family=family)
+    except (OSError, OverflowError, ValueError) as error:
+        sys.exit(f"chat.py: {error}: check HOST and PORT")
     try:
         # Heroku's router keeps connections for 90 s. If we closed them sooner, it would
         # sometimes send a request into a closing one.
-        web.run_app(
-            create_app(), host=HOST, port=int(PORT), keepalive_timeout=95, shutdown_timeout=1
-        )
+        web.run_app(create_app(), sock=listening, keepalive_timeout=95, shutdown_timeout=1)
         os._exit(0)  # while the database is silent, the driver's threads would not let us go
     except ImportError:
         fault = "no local database here: pip install -r requirements-dev.txt, or set MONGODB_URI"
     except BlockingIOError:
         fault = f"another chat is using {DATA}: stop it, or set MONGODB_URI to its database"
-    except (OSError, UnicodeError, OverflowError) as error:
-        fault = f"{error}: check HOST, PORT and {DATA}"
-    except (PyMongoError, ValueError) as error:
-        # Without the error's text: parts of a mistyped password may be in it.
+    except (PyMongoError, TimeoutError, ValueError) as error:
+        # Without the error's text, for the same reason.
         fault = f"MONGODB_URI does not work ({type(error).__name__}): check it and the database"
+    except OSError as error:
+        fault = f"{error}: make {DATA} writable, or set SECRET_KEY and MONGODB_URI"
     sys.exit(f"chat.py: {fault}")
 
 
