@@ -944,76 +944,80 @@ async def database_fails(folder, fault):
     with Mongo(folder) as mongo:
         async with Proxy(mongo.port) as proxy:
             uri = mongo.uri("chat", proxy.port)
-            async with Chat(MONGODB_URI=uri) as chat:
-                async with people(chat, None, None) as [person, other]:
-                    await person.connect()
-                    await other.connect()
-                    await person.say("before", "1")
-                    await other.until(lambda: other.seen)
-                    if fault == "cut":
-                        await proxy.cut()
-                    elif fault == "deaf":
-                        proxy.deaf = True
-                    else:
-                        mongo.kill()
-                    start = time.monotonic()
+            async with (
+                Chat(MONGODB_URI=uri) as chat,
+                people(chat, None, None) as [person, other],
+            ):
+                await person.connect()
+                await other.connect()
+                await person.say("before", "1")
+                await other.until(lambda: other.seen)
+                if fault == "cut":
+                    await proxy.cut()
+                elif fault == "deaf":
+                    proxy.deaf = True
+                else:
+                    mongo.kill()
+                start = time.monotonic()
+                await person.say("meanwhile", "2")
+                async with Person(chat) as stranger:
+                    assert (await stranger.ask("/login")).status == 200
+                assert time.monotonic() - start < 1
+                pages = ["/", "/messages?before=1", "/ws?after=1"] * 10
+                answers = await asyncio.gather(*(other.ask(path) for path in pages))
+                assert {answer.status for answer in answers} == {503}
+                assert '<link rel="stylesheet"' in await answers[0].text()
+                assert (await other.ask("/login")).status == 200  # with a cookie, too
+                assert (await other.ask("/static/chat.js")).status == 200
+                await person.until(lambda: person.errors)
+                assert person.errors[0]["key"] == "2"
+                assert time.monotonic() - start < 18  # two of at most 10 s, and a little
+                assert not person.ws.closed and not other.ws.closed
+                if fault == "cut":
+                    await proxy.open()
+                elif fault == "deaf":
+                    await proxy.cut()
+                    await proxy.open()
+                else:
+                    mongo.start()
+                person.errors = []
+                for _ in range(10):
                     await person.say("meanwhile", "2")
-                    async with Person(chat) as stranger:
-                        assert (await stranger.ask("/login")).status == 200
-                    assert time.monotonic() - start < 1
-                    pages = ["/", "/messages?before=1", "/ws?after=1"] * 10
-                    answers = await asyncio.gather(*(other.ask(path) for path in pages))
-                    assert {answer.status for answer in answers} == {503}
-                    assert '<link rel="stylesheet"' in await answers[0].text()
-                    assert (await other.ask("/login")).status == 200  # with a cookie, too
-                    assert (await other.ask("/static/chat.js")).status == 200
-                    await person.until(lambda: person.errors)
-                    assert person.errors[0]["key"] == "2"
-                    assert time.monotonic() - start < 18  # two of at most 10 s, and a little
-                    assert not person.ws.closed and not other.ws.closed
-                    if fault == "cut":
-                        await proxy.open()
-                    elif fault == "deaf":
-                        await proxy.cut()
-                        await proxy.open()
-                    else:
-                        mongo.start()
-                    person.errors = []
-                    for _ in range(10):
-                        await person.say("meanwhile", "2")
-                        await asyncio.sleep(1)
-                        if len(person.seen) > 1:
-                            break
-                    await other.say("after", "3")
-                    await other.until(lambda: other.seen[-1]["text"] == "after")
-                    assert [each["text"] for each in other.seen] == ["before", "meanwhile", "after"]
-                    assert (await other.ask("/")).status == 200
-                    direct = mongo.uri("chat")
-                    assert shown(other) == stored(direct)
+                    await asyncio.sleep(1)
+                    if len(person.seen) > 1:
+                        break
+                await other.say("after", "3")
+                await other.until(lambda: other.seen[-1]["text"] == "after")
+                assert [each["text"] for each in other.seen] == ["before", "meanwhile", "after"]
+                assert (await other.ask("/")).status == 200
+                direct = mongo.uri("chat")
+                assert shown(other) == stored(direct)
 
 
 @asynchronous
 async def test_slow_database_and_a_lost_answer(tmp_path):
     """Promise 7: stored, but the answer got lost: everybody sees it, once."""
     with Mongo(tmp_path) as mongo:
-        async with Proxy(mongo.port) as proxy:
-            async with Chat(MONGODB_URI=mongo.uri("chat", proxy.port)) as chat:
-                async with people(chat, None, None) as [person, other]:
-                    await person.connect()
-                    await other.connect()
-                    proxy.delay = 0.2
-                    await person.say("slowly", "1")
-                    await other.until(lambda: other.seen)
-                    # Another process, straight at the database, takes the next number;
-                    # this is as well what a lost answer of our own looks like.
-                    with pymongo.MongoClient(mongo.uri("chat")) as client:
-                        message = client.chat.messages.find_one({"_id": 1})
-                        message |= {"_id": 2, "key": "2", "text": "unheard"}
-                        client.chat.messages.insert_one(message)
-                    await person.say("unheard", "2")
-                    await other.until(lambda: len(other.seen) == 2, 15)
-                    await person.until(lambda: [e["id"] for e in person.seen].count(2) == 2)
-                    assert [each["text"] for each in other.seen] == ["slowly", "unheard"]
+        async with (
+            Proxy(mongo.port) as proxy,
+            Chat(MONGODB_URI=mongo.uri("chat", proxy.port)) as chat,
+            people(chat, None, None) as [person, other],
+        ):
+            await person.connect()
+            await other.connect()
+            proxy.delay = 0.2
+            await person.say("slowly", "1")
+            await other.until(lambda: other.seen)
+            # Another process, straight at the database, takes the next number;
+            # this is as well what a lost answer of our own looks like.
+            with pymongo.MongoClient(mongo.uri("chat")) as client:
+                message = client.chat.messages.find_one({"_id": 1})
+                message |= {"_id": 2, "key": "2", "text": "unheard"}
+                client.chat.messages.insert_one(message)
+            await person.say("unheard", "2")
+            await other.until(lambda: len(other.seen) == 2, 15)
+            await person.until(lambda: [e["id"] for e in person.seen].count(2) == 2)
+            assert [each["text"] for each in other.seen] == ["slowly", "unheard"]
 
 
 @asynchronous
@@ -1023,17 +1027,17 @@ async def test_ends_while_the_database_is_silent(tmp_path):
         async with (
             Proxy(mongo.port) as proxy,
             Chat(MONGODB_URI=mongo.uri("chat", proxy.port)) as chat,
+            people(chat, None) as [person],
         ):
-            async with people(chat, None) as [person]:
-                await person.connect()
-                proxy.deaf = True
-                await person.say("unheard", "1")
-                await asyncio.sleep(0.3)
-                chat.process.send_signal(signal.SIGTERM)
-                assert await asyncio.to_thread(chat.process.wait, 10) == 0
-                await person.reading
-                assert [each["key"] for each in person.errors] == ["1"]
-                assert person.ws.close_code == 1001
+            await person.connect()
+            proxy.deaf = True
+            await person.say("unheard", "1")
+            await asyncio.sleep(0.3)
+            chat.process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(chat.process.wait, 10) == 0
+            await person.reading
+            assert [each["key"] for each in person.errors] == ["1"]
+            assert person.ws.close_code == 1001
 
 
 @asynchronous
