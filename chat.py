@@ -14,7 +14,8 @@ The way of a message::
                     for everybody                ^---- Room.read_on() in all other processes
 
 Nobody sees a message before MongoDB has acknowledged it. Everybody sees all messages in one
-order: that of their numbers, 1, 2, 3, ... without a gap.
+order: that of their numbers, 1, 2, 3, ... without a gap. In this file, `websocket()` stands in
+section 4, and `Room` in section 6; the passwords are in section 8.
 """
 
 # ---------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def routes():
         web.get("/ws", websocket, name="websocket"),
         web.view("/login", Login, name="login"),
         web.view("/signup", Signup, name="signup"),
-        # Not GET: a link, or an image on any other site, would log people out.
+        # Not GET: a link on any other site would log people out.
         web.post("/logout", logout, name="logout"),
         web.static("/static", HERE / "static", name="static"),
     ]
@@ -155,12 +156,16 @@ def number(text):
 
 
 async def websocket(request):
-    """The live chat, ``/ws?after=ID``. Room.join() tells what comes first."""
+    """The live chat. Room.join() tells what comes first.
+
+    ``/ws?after=ID`` begins with what came after that number, ``/ws?after=`` with the very
+    first message, and ``/ws`` with what is new.
+    """
     room = request.app[ROOM]
     after = number(request.query.get("after", str(room.last)) or "0")
-    # aiohttp refuses frames from max_msg_size on (1009). A browser offers to deflate, but to
-    # do that for each client anew would halve the speed. With such a writer_limit, sending
-    # never waits: Connection.send() tells why; so pongs have to go that way, too.
+    # Larger frames are refused (1009). Nothing is deflated: that would be done for each client
+    # anew, and halve the speed. And nothing is sent behind our back (pongs), or waits for a
+    # client (writer_limit): Connection.send() tells why.
     limits = {"max_msg_size": BODY_MAX + 1, "writer_limit": sys.maxsize}
     ws = web.WebSocketResponse(heartbeat=HEARTBEAT, autoping=False, compress=False, **limits)
     writer = await ws.prepare(request)
@@ -169,6 +174,7 @@ async def websocket(request):
         # The page says whose it is: another one may have logged in at this browser since.
         if request.query.get("user", connection.user) != connection.user:
             await connection.close(WSCloseCode.POLICY_VIOLATION)
+            return ws
         await room.join(connection, max(after, 0), writer)
         async for frame in ws:
             if frame.type is WSMsgType.BINARY:
@@ -180,7 +186,7 @@ async def websocket(request):
                 if text and not room.closing:
                     post = {"user": connection.user, "key": key or token_hex(16), "text": text}
                     # While the inbox is full, this waits, so we read nothing more, so the
-                    # client cannot send: who is too fast is slowed down, and loses nothing.
+                    # client cannot send: one that is too fast is slowed down, and loses nothing.
                     await room.inbox.put((connection, key, post))
                 else:
                     await connection.refuse(key, GOODBYE if text else NO_MESSAGE)
@@ -223,6 +229,7 @@ class Connection:
     """An open WebSocket: whose it is, and how to send to it."""
 
     def __init__(self, ws, request):
+        # The transport is asyncio's end of the line. It knows how much waits to be sent.
         self.ws, self.transport = ws, request.transport
         self.user, self.session = request["user"], request["session"]
         self.until = datetime.fromtimestamp(self.session.created, UTC) + SESSION
@@ -241,7 +248,7 @@ class Connection:
             await (send or self.ws.send_str)(frame)
 
     async def refuse(self, key, reason):
-        """Tell this client alone that a message of its is not stored."""
+        """Tell this client alone that one of its messages is not stored."""
         named = {"key": key} if is_text(key) else {}
         await self.send(encode([{"type": "error", "text": reason, **named}]))
 
@@ -262,7 +269,7 @@ class Form(web.View):
     """What both forms have in common."""
 
     async def get(self):
-        """The empty form, for who is not signed in."""
+        """The empty form, for those who are not signed in."""
         if self.request["user"]:
             raise web.HTTPSeeOther("/")
         return self.page(200)
@@ -361,8 +368,8 @@ async def protect(request, handler):
     if HTTPS and forwarded(request, "X-Forwarded-Proto") == "http":
         target = {"Location": f"https://{request.host}{request.path_qs}"}
         return web.Response(status=308, headers=target)
-    # A browser adds the cookie to whatever a page of any site makes it send. Only the Origin
-    # tells which site that was; who sends none is no browser. The WebSocket needs it most:
+    # A browser may add the cookie to what a page of another site makes it send. Only the Origin
+    # tells which site that was; a client that sends none is no browser. The WebSocket needs it most:
     # browsers let every site open one to every other.
     own = f"{'https' if HTTPS else 'http'}://{request.host}"
     order = request.method not in {"GET", "HEAD"} or request.path == "/ws"
@@ -383,7 +390,8 @@ async def authorize(request, handler):
     private = name in {"chat", "messages", "websocket", "logout"}
     request["user"] = request["session"] = None
     # A cookie that is not ASCII is none of ours. And the forms need no database.
-    with suppress(UnicodeError, *(() if private else (PyMongoError, TimeoutError))):
+    harmless = (UnicodeError,) if private else (UnicodeError, PyMongoError, TimeoutError)
+    with suppress(*harmless):
         session = await get_session(request)
         if "id" in session and name != "static":
             # The cookie is the session: who has a copy of it stays signed in after a log-out,
@@ -429,7 +437,7 @@ HEADERS = {
 # 6. Databases
 # ---------------------------------------------------------------------------
 # Four collections of documents:
-#   users     _id: the folded login; login: as it was signed up; password: a PHC string
+#   users     _id: the folded login; login: as it was signed up; password: its hash
 #   messages  _id: 1, 2, 3, ...; user, key, text, time (UTC); process: who stored it
 #   online    _id, process: the process; users: its users; until: its last sign of life + 35 s
 #   ended     _id: a session that was logged out; process; until: when its cookie is void
@@ -454,7 +462,7 @@ async def database(app):
     app[ROOM] = room = Room(db)
     room.last = max(await last_number(db) - RECENT_MAX, 0)
     await room.look()
-    steps = [room.write, room.follow, *[room.listen][: len(shared)]]
+    steps = [room.write, room.follow] + ([room.listen] if shared else [])
     tasks = [asyncio.create_task(forever(step)) for step in steps]
     yield
     for task in tasks:
@@ -474,7 +482,7 @@ def start_local_database():
     # A lock of our own, because the database's prints lines of its own. The file stays open,
     # so the lock lasts until this process ends, however it ends.
     fcntl.flock(os.open(DATA, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # Without sync_on_commit, `kill -9` loses what was acknowledged last.
+    # Without it (and without `journal` above), `kill -9` loses what was acknowledged last.
     local = SecantusDBServer(storage_path=str(DATA / "db"), sync_on_commit=True)
     local.start()
     print(f"The local database: {local.uri}")
@@ -557,7 +565,7 @@ class Room:
         self.recent = []  # the newest events, up to `last`
         self.online, self.elsewhere = set(), set()  # logins: all; those of other processes
         self.bell, self.closing = asyncio.Event(), False
-        self.told = [], datetime.now(UTC)  # what we last said in `online`; say it again then
+        self.told = [], datetime.now(UTC)  # what we last wrote to `online`; when to write it again
 
     async def join(self, connection, after, writer):
         """Say who is online, then every message `after` that number, then go live."""
@@ -605,7 +613,8 @@ class Room:
         finally:  # whatever happened, each one whose message may not be stored is told so
             for connection, key, _ in rest:
                 await connection.refuse(key, "This message could not be stored.")
-            self.bell.set() if rest else None  # it may be stored all the same: look
+            if rest:  # it may be stored all the same: look
+                self.bell.set()
             for _ in batch:
                 self.inbox.task_done()
         # Who wrote last knows the next number first. So where there are other processes, we
@@ -703,7 +712,7 @@ class Room:
         ended = {each["_id"] for each in await in_time(self.db.ended.find(lately).to_list())}
         gone = {c for c in self.connections if c.session["id"] in ended or c.until < now}
         self.connections -= gone  # they hear nothing from now on
-        # We do not wait for them. But asyncio forgets tasks that nobody remembers.
+        # We do not wait for them, but they need a name: asyncio itself holds tasks only weakly.
         self.farewells = asyncio.gather(
             *(each.close(WSCloseCode.POLICY_VIOLATION) for each in gone)
         )
@@ -787,7 +796,7 @@ def folded(login):
 
 
 def hash_password(password):
-    """A PHC string: Argon2id with 19 MiB, 2 passes, 1 lane, and a salt of its own.
+    """A PHC string (method, settings, salt, hash): Argon2id, 19 MiB, 2 passes, 1 lane.
 
     https://cheatsheetseries.owasp.org/cheatsheets/Password_Storage_Cheat_Sheet.html
     """

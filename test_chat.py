@@ -284,7 +284,7 @@ class Person:
             assert time.monotonic() < end, told
             await asyncio.sleep(0.02)
 
-    async def keep_talking(self, rng, sent, prefix):
+    async def keep_talking(self, rng, sent, prefix, pause=0.05):
         """Send at random moments; come back when cut off; send again what got no answer."""
         waiting, number = {}, 0
         while True:
@@ -297,7 +297,7 @@ class Person:
                     key, text = f"{prefix} {self.login} {number}", f"text {number}"
                     waiting[key] = sent[self.login, key] = text
                     await self.say(text, key)
-                    await asyncio.sleep(rng.uniform(0, 0.05))
+                    await asyncio.sleep(rng.uniform(0, pause))
                     for event in self.seen[-200:]:
                         waiting.pop(event["key"], None)
             except (aiohttp.ClientError, OSError):
@@ -782,7 +782,9 @@ async def test_kill_9_loses_nothing(house):
         assert chat.printed[0].startswith("The local database: mongodb://")
         async with people(chat, *[None] * 10) as them:
             for run in range(2):
-                tasks = [asyncio.create_task(p.keep_talking(rng, sent, str(run))) for p in them]
+                tasks = [
+                    asyncio.create_task(p.keep_talking(rng, sent, str(run), 0.01)) for p in them
+                ]
                 await asyncio.sleep(1)
                 chat.kill()
                 for task in tasks:
