@@ -21,8 +21,11 @@ section 4, and `Room` in section 6; the passwords are in section 8.
 # ---------------------------------------------------------------------------
 # 1. Introduction
 # ---------------------------------------------------------------------------
-# First what Python brings along, then the five packages of requirements.txt, and pymongo,
-# which Motor brings along.
+# First what Python brings along. Then the five packages of requirements.txt:
+# aiohttp is the web server, aiohttp_jinja2 makes pages from templates,
+# aiohttp_session remembers who is who, cryptography hashes the passwords (and
+# encrypts what aiohttp_session keeps), and Motor speaks with MongoDB. Motor
+# brings along pymongo, whose exceptions we have to name.
 
 import asyncio
 import fcntl
@@ -56,8 +59,9 @@ from pymongo.read_concern import ReadConcern
 # ---------------------------------------------------------------------------
 # 2. Structure
 # ---------------------------------------------------------------------------
-# The settings come from the environment (https://12factor.net/config): so the same file runs
-# here and on a server, and no password is ever in git. An empty setting is an unset one.
+# The settings come from the environment (https://12factor.net/config): so the
+# same file runs here and on a server, and no password is ever in git. An empty
+# setting is an unset one.
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"  # the local database and the secret key; git ignores it
@@ -66,7 +70,8 @@ MONGODB_URI = ENV.get("MONGODB_URI")  # none: the local database
 HOST, PORT = ENV.get("HOST", "127.0.0.1"), ENV.get("PORT", "8080")
 HTTPS = ENV.get("HTTPS") == "1"  # behind a router that speaks HTTPS for us
 
-# The limits. Without them, one careless or hostile client could use up what all need.
+# The limits. Without them, one careless or hostile client could use up what all
+# need.
 
 PAGE, RECENT_MAX = 50, 200  # messages: in a page or a query; in memory, for who comes back
 TEXT_MAX, KEY_MAX = 2_000, 64  # characters: of a message; of a client's own name for it
@@ -79,23 +84,28 @@ PULSE_SECONDS, ONLINE_SECONDS = 10, 35  # between signs of life; without one, us
 SESSION = timedelta(days=7)  # from the login, used or not
 WRONG_MAX, WRONG_TIME = 10, timedelta(minutes=5)  # wrong passwords; how long they count
 
-# The key under which handlers find the room in `request.app`. A string would do, but could
-# clash with some package's string; an AppKey cannot, and tells an editor the type.
+# The key under which handlers find the room in `request.app`. A string would
+# do, but could clash with some package's string; an AppKey cannot, and tells an
+# editor the type.
 ROOM = web.AppKey("ROOM", "Room")
 
 
 def create_app():
     """The whole application, on one screen."""
-    # An onion: a request passes these from left to right, its response from right to left.
+    # An onion: a request passes these from left to right, its response from
+    # right to left.
     middlewares = [error_pages, protect, sessions(), authorize, db_handler]
     app = web.Application(middlewares=middlewares, client_max_size=BODY_MAX)
     app.add_routes(routes())
     set_up_templates(app)
+    # A signal is a list of coroutines that aiohttp calls at a certain moment:
+    # this one just before a response is sent.
     app.on_response_prepare.append(add_headers)
-    # It runs up to its `yield` before the first request, and on from there after the last.
+    # It runs up to its `yield` before the first request, and on from there
+    # after the last.
     app.cleanup_ctx.append(database)
-    # Not in the clean-up: that begins when all handlers have ended, and the WebSockets'
-    # handlers never end by themselves.
+    # Not in the clean-up: that begins when all handlers have ended, and the
+    # WebSockets' handlers never end by themselves.
     app.on_shutdown.append(say_goodbye)
     return app
 
@@ -122,7 +132,8 @@ def routes():
 # ---------------------------------------------------------------------------
 # 4. Request and response
 # ---------------------------------------------------------------------------
-# A handler is a coroutine that takes a request and returns a response. First the pages:
+# A handler is a coroutine that takes a request and returns a response. First
+# the pages:
 
 
 @aiohttp_jinja2.template("chat.html")
@@ -140,6 +151,7 @@ async def older_messages(request):
 
 async def messages_before(request, default=""):
     """The PAGE events just before number ``?before=``, oldest first."""
+    # What stands behind the "?" of an address is text, whatever it looks like.
     before = number(request.query.get("before", default))
     before = min(before, request.app[ROOM].last + 1)  # MongoDB's integers have an end
     return await read_messages(request["db"], max(before - PAGE, 1), before - 1)
@@ -158,23 +170,22 @@ def number(text):
 async def websocket(request):
     """The live chat. Room.join() tells what comes first.
 
-    ``/ws?after=ID`` begins with what came after that number, ``/ws?after=`` with the very
-    first message, and ``/ws`` with what is new.
+    ``/ws?after=ID`` begins with what came after that number, ``/ws?after=``
+    with the very first message, and ``/ws`` with what is new.
     """
     room = request.app[ROOM]
     after = number(request.query.get("after", str(room.last)) or "0")
-    # Larger frames are refused (1009). Nothing is deflated: that would be done for each client
-    # anew, and halve the speed. And nothing is sent behind our back (pongs), or waits for a
-    # client (writer_limit): Connection.send() tells why.
+    # Larger frames are refused (1009). Nothing is deflated: that would be done
+    # for each client anew, and halve the speed. And nothing is sent behind our
+    # back (pongs), or waits for a client (writer_limit): Connection.send()
+    # tells why.
     limits = {"max_msg_size": BODY_MAX + 1, "writer_limit": sys.maxsize}
     ws = web.WebSocketResponse(heartbeat=HEARTBEAT, autoping=False, compress=False, **limits)
+    # This answers the handshake (101). Before it we speak HTTP, afterwards
+    # frames.
     writer = await ws.prepare(request)
     connection = Connection(ws, request)
     try:
-        # The page says whose it is: another one may have logged in at this browser since.
-        if request.query.get("user", connection.user) != connection.user:
-            await connection.close(WSCloseCode.POLICY_VIOLATION)
-            return ws
         await room.join(connection, max(after, 0), writer)
         async for frame in ws:
             if frame.type is WSMsgType.BINARY:
@@ -185,15 +196,16 @@ async def websocket(request):
                 text, key = read_post(frame.data)
                 if text and not room.closing:
                     post = {"user": connection.user, "key": key or token_hex(16), "text": text}
-                    # While the inbox is full, this waits, so we read nothing more, so the
-                    # client cannot send: one that is too fast is slowed down, and loses nothing.
+                    # While the inbox is full, this waits, so we read nothing
+                    # more, so the client cannot send: one that is too fast is
+                    # slowed down, and loses nothing.
                     await room.inbox.put((connection, key, post))
                 else:
                     await connection.refuse(key, GOODBYE if text else NO_MESSAGE)
                     await asyncio.sleep(0)  # let others run: nothing else slows down nonsense
     except (PyMongoError, TimeoutError, ConnectionError):  # it missed something: come again!
         await connection.close(WSCloseCode.TRY_AGAIN_LATER)
-    finally:
+    finally:  # however it ended; the bell: have a look at who is still here
         room.connections.discard(connection)
         room.bell.set()
     return ws
@@ -211,6 +223,8 @@ def read_post(data):
         text, key = post.get("text"), post.get("key")
     except (ValueError, AttributeError, RecursionError):  # "[[[[[[..." goes too deep
         return "", None
+    # A string may be longer for JavaScript, which counts UTF-16: "😀" is 1 here,
+    # 2 there.
     good = is_text(text) and len(text.strip()) <= TEXT_MAX
     good = good and (key is None or is_text(key) and 1 <= len(key) <= KEY_MAX)
     return text.strip() if good else "", key
@@ -221,7 +235,8 @@ def is_text(value):
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-# Letters as they are, not as \u0436: that makes a Russian message a third as long.
+# Letters as they are, not as \u0436: that makes a Russian message a third as
+# long.
 encode = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -229,7 +244,8 @@ class Connection:
     """An open WebSocket: whose it is, and how to send to it."""
 
     def __init__(self, ws, request):
-        # The transport is asyncio's end of the line. It knows how much waits to be sent.
+        # The transport is asyncio's end of the line. It knows how much waits to
+        # be sent.
         self.ws, self.transport = ws, request.transport
         self.user, self.session = request["user"], request["session"]
         self.until = datetime.fromtimestamp(self.session.created, UTC) + SESSION
@@ -238,9 +254,9 @@ class Connection:
     async def send(self, frame, send=None):
         """Send a frame (a string, or with `ws.pong` bytes), without waiting for the client.
 
-        If we waited, one client that stops reading would hold up all the others. So what it
-        leaves unread waits in memory, and when that is too much, we cut it off: the page
-        connects again, and says what it has seen.
+        If we waited, one client that stops reading would hold up all the
+        others. So what it leaves unread waits in memory, and when that is too
+        much, we cut it off: the page connects again, and says what it has seen.
         """
         if self.transport.get_write_buffer_size() > UNREAD_MAX:
             self.transport.abort()
@@ -274,7 +290,7 @@ class Form(web.View):
             raise web.HTTPSeeOther("/")
         return self.page(200)
 
-    head = get
+    head = get  # for HTTP, HEAD is a GET of which only the headers are sent
 
     def page(self, status, **context):
         """The form with the `login` that was typed and its `fault`; never the password."""
@@ -283,11 +299,12 @@ class Form(web.View):
 
     async def fields(self):
         """The login and the password that were posted."""
-        # An unknown charset, bytes that are not of it, a torn body, a file for a text: all
-        # that is the sender's fault (400), not ours (500).
+        # An unknown charset, bytes that are not of it, a torn body, a file for
+        # a text: all that is the sender's fault (400), not ours (500).
         with suppress(LookupError, RuntimeError, TypeError, ValueError):
             form = await self.request.post()
-            # Nobody has a login this long, and to normalize a very long one takes seconds.
+            # Nobody has a login this long, and to normalize a very long one
+            # takes seconds.
             fields = form.get("login", "")[:100], form.get("password", "")
             if all(map(is_text, fields)):
                 return fields
@@ -300,14 +317,17 @@ class Login(Form):
     async def post(self):
         """Check the password, and begin a session."""
         login, password = await self.fields()
+        # For Heroku's router the visitor's address is in a header; without a
+        # router that header is whatever the visitor likes.
         address = forwarded(self.request, "X-Forwarded-For") if HTTPS else self.request.remote
         who = folded(login), address
         user = await in_time(self.request["db"].users.find_one({"_id": folded(login)}))
         async with HASHING:
             if seconds := seconds_to_wait(who):
                 raise web.HTTPTooManyRequests(headers={"Retry-After": str(seconds)})
-            # An unknown login is checked, too, against a hash that nothing matches: else it
-            # would be answered faster, and so tell which logins there are.
+            # An unknown login is checked, too, against a hash that nothing
+            # matches: else it would be answered faster, and so tell which
+            # logins there are.
             hashed = user["password"] if user else NOBODYS_HASH
             try:
                 await asyncio.to_thread(Argon2id.verify_phc_encoded, password.encode(), hashed)
@@ -323,14 +343,16 @@ class Signup(Form):
     async def post(self):
         """Store a user, and begin a session."""
         login, password = await self.fields()
+        # \w: letters, digits and underscores of any script. NFKC first, which
+        # makes one letter of an "e" and the accent that follows it.
         named = re.fullmatch(r"\w{3,20}", normalize("NFKC", login))
         if not named or not 8 <= len(password) <= 200:
             return self.page(400, login=login, fault="password" if named else "login")
         async with HASHING:
             hashed = await asyncio.to_thread(hash_password, password)
         user = {"_id": folded(login), "login": login, "password": hashed}
-        # To look first whether the login is free would not help: another one may take it
-        # between the look and the insert. The unique `_id` decides.
+        # To look first whether the login is free would not help: another one
+        # may take it between the look and the insert. The unique `_id` decides.
         try:
             await in_time(self.request["db"].users.insert_one(user))
         except DuplicateKeyError:
@@ -341,8 +363,8 @@ class Signup(Form):
 # ---------------------------------------------------------------------------
 # 5. Middlewares
 # ---------------------------------------------------------------------------
-# A middleware stands between the server and all handlers. It may answer by itself, or hand
-# the request on, and it sees the response on its way back.
+# A middleware stands between the server and all handlers. It may answer by
+# itself, or hand the request on, and it sees the response on its way back.
 
 
 @web.middleware
@@ -356,10 +378,12 @@ async def error_pages(request, handler):
         error = web.HTTPBadRequest()
     except (PyMongoError, TimeoutError):
         error = web.HTTPServiceUnavailable(text="The database does not answer. Try again soon.")
+    # An HTTPException is a response as well. We put our page into it and raise
+    # the same one again, so that it keeps its headers (Allow, Retry-After).
     if error.status >= 400:  # redirects are raised, too
         error.text = aiohttp_jinja2.render_string("error.html", request, {"error": error})
         error.content_type = "text/html"
-    raise error  # the same one, for its headers: Allow, Retry-After
+    raise error
 
 
 @web.middleware
@@ -368,9 +392,10 @@ async def protect(request, handler):
     if HTTPS and forwarded(request, "X-Forwarded-Proto") == "http":
         target = {"Location": f"https://{request.host}{request.path_qs}"}
         return web.Response(status=308, headers=target)
-    # A browser may add the cookie to what a page of another site makes it send. Only the Origin
-    # tells which site that was; a client that sends none is no browser. The WebSocket needs it most:
-    # browsers let every site open one to every other.
+    # A browser may add the cookie to what a page of another site makes it send.
+    # Only the Origin tells which site that was; a client that sends none is no
+    # browser. The WebSocket needs it most: browsers let every site open one to
+    # every other.
     own = f"{'https' if HTTPS else 'http'}://{request.host}"
     order = request.method not in {"GET", "HEAD"} or request.path == "/ws"
     if order and request.headers.get("Origin", own) != own:
@@ -389,15 +414,20 @@ async def authorize(request, handler):
     name = request.match_info.route.name  # None: there is no such page (404, 405)
     private = name in {"chat", "messages", "websocket", "logout"}
     request["user"] = request["session"] = None
-    # A cookie that is not ASCII is none of ours. And the forms need no database.
+    # A cookie that is not ASCII is none of ours. And the forms need no
+    # database.
     harmless = (UnicodeError,) if private else (UnicodeError, PyMongoError, TimeoutError)
     with suppress(*harmless):
         session = await get_session(request)
         if "id" in session and name != "static":
-            # The cookie is the session: who has a copy of it stays signed in after a log-out,
-            # unless we remember that this session has ended.
+            # The cookie is the session: who has a copy of it stays signed in
+            # after a log-out, unless we remember that this session has ended.
             ended = request.app[ROOM].db.ended.find_one({"_id": session["id"]})
-            if not await in_time(ended):
+            # And a page says whose it is: another one may have logged in at
+            # this browser since, and what it sends must not be sent in their
+            # name.
+            same = request.query.get("user", session["user"]) == session["user"]
+            if same and not await in_time(ended):
                 request["user"], request["session"] = session["user"], session
     if private and not request["user"]:  # a script cannot see where a redirect leads
         raise web.HTTPUnauthorized() if name == "websocket" else web.HTTPSeeOther("/login")
@@ -422,8 +452,9 @@ async def add_headers(request, response):
 # What each of them prevents, and what to write:
 # https://cheatsheetseries.owasp.org/cheatsheets/HTTP_Headers_Cheat_Sheet.html
 HEADERS = {
-    # Scripts, styles, images, connections: from here only, and nothing inline. So even if
-    # somebody's text became HTML by a mistake of ours, it could not run.
+    # Scripts, styles, images, connections: from here only, and nothing inline.
+    # So even if somebody's text became HTML by a mistake of ours, it could not
+    # run.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
     "frame-ancestors 'none'",
@@ -447,24 +478,32 @@ async def database(app):
     """Connect to MongoDB, keep the room's tasks running, and stop all that in the end."""
     local = None if MONGODB_URI else start_local_database()
     uri, limit = MONGODB_URI or local.uri, DATABASE_SECONDS * 1000
-    # "Acknowledged" shall mean: by most servers of the replica set, in the journals on their
-    # disks. And what we read shall be acknowledged, too. Only a replica set (setName), or a
-    # cluster of them (msg), can do that, and tell what has changed.
+    # "Acknowledged" shall mean: by most servers of the replica set, in the
+    # journals on their disks. And what we read shall be acknowledged, too. Only
+    # a replica set (setName), or a cluster of them (msg), can do that, and tell
+    # what has changed.
     client = AsyncIOMotorClient(uri, timeoutMS=limit, tz_aware=True, w="majority", journal=True)
     shared = {"setName", "msg"} & (await client.admin.command("hello")).keys()
     if not shared:
         print("This MongoDB has no change streams: run a single process only.")
     level = ReadConcern("majority" if shared else "local")
     db = client.get_default_database("chat", read_concern=level)
-    await db.messages.create_index(["user", "key"], unique=True)  # each message only once
-    for collection in (db.online, db.ended):  # MongoDB deletes documents when they are void
+    # Unique: a message that is sent again is refused. "Expire": MongoDB itself
+    # deletes documents when their time is up. An index that exists already is
+    # left alone.
+    await db.messages.create_index(["user", "key"], unique=True)
+    for collection in (db.online, db.ended):
         await collection.create_index("until", expireAfterSeconds=0)
     app[ROOM] = room = Room(db)
     room.last = max(await last_number(db) - RECENT_MAX, 0)
     await room.look()
+    # Three things go on all the time, beside the handlers. Each one is a task:
+    # a coroutine that the event loop runs by itself, not because somebody
+    # awaits it.
     steps = [room.write, room.follow] + ([room.listen] if shared else [])
     tasks = [asyncio.create_task(forever(step)) for step in steps]
     yield
+    # From here on, the server is about to end: all handlers have returned.
     for task in tasks:
         task.cancel()
     with suppress(PyMongoError, TimeoutError):  # tell the others that nobody is here any more
@@ -479,40 +518,43 @@ def start_local_database():
     from secantus.server import SecantusDBServer  # on Heroku there is none
 
     DATA.mkdir(exist_ok=True)
-    # A lock of our own, because the database's prints lines of its own. The file stays open,
-    # so the lock lasts until this process ends, however it ends.
+    # A lock of our own, because the database's prints lines of its own. The
+    # file stays open, so the lock lasts until this process ends, however it
+    # ends.
     fcntl.flock(os.open(DATA, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # Without it (and without `journal` above), `kill -9` loses what was acknowledged last.
+    # Without it (and without `journal` above), `kill -9` loses what was
+    # acknowledged last.
     local = SecantusDBServer(storage_path=str(DATA / "db"), sync_on_commit=True)
     local.start()
     print(f"The local database: {local.uri}")
     return local
 
 
-# Every query is given DATABASE_SECONDS, then it raises TimeoutError. The driver has the same
-# limit, but it waits in threads, and has few of them: when all wait for a silent database,
-# the next query would wait for a thread first.
+# Every query is given DATABASE_SECONDS, then it raises TimeoutError. The driver
+# has the same limit, but it waits in threads, and has few of them: when all
+# wait for a silent database, the next query would wait for a thread first.
 in_time = partial(asyncio.wait_for, timeout=DATABASE_SECONDS)
 
 
 async def read_messages(db, first, last):
     """The events of the messages with the numbers from `first` to `last`, in order.
 
-    The one query for messages: for pages, for catching up, for what other processes stored.
-    To ask for each number by name costs the same in a history of any length. Sorting, or a
-    range, may cost a look at all of it.
+    The one query for messages: for pages, for catching up, for what other
+    processes stored. To ask for each number by name costs the same in a history
+    of any length. Sorting, or a range, may cost a look at all of it.
     """
     numbers = {"_id": {"$in": list(range(first, last + 1))}}
     found = await in_time(db.messages.find(numbers).sort("_id").to_list())
-    # Only up to the first gap: what is just being inserted may become visible in any order.
+    # Only up to the first gap: what is just being inserted may become visible
+    # in any order.
     return [event(each) for number, each in enumerate(found, first) if each["_id"] == number]
 
 
 async def last_number(db):
     """The number of the newest message, or 0.
 
-    As the numbers have no gaps, we can find it digit by digit (in base 64), the highest
-    first, with one small query for each digit.
+    As the numbers have no gaps, we can find it digit by digit (in base 64), the
+    highest first, with one small query for each digit.
     """
     last, step = 0, 64**7
     while step:
@@ -541,7 +583,8 @@ async def forever(step):
 
 async def say_goodbye(app):
     """Store what was received, then close all WebSockets, all at once (1001)."""
-    # What comes from now on is refused: else who sends without pause would keep us for ever.
+    # What comes from now on is refused: else who sends without pause would keep
+    # us for ever.
     app[ROOM].closing = True
     await asyncio.sleep(CLOSE_SECONDS / 2)  # for what has come, but was not looked at
     with suppress(TimeoutError):
@@ -552,14 +595,18 @@ async def say_goodbye(app):
 class Room:
     """Who is here, what was said last, and the way of every message.
 
-    All processes on one database make one chat. Each keeps a picture of what is stored there:
-    messages, who is online, which sessions have ended. Whatever may have changed it rings
-    the bell, and look() takes the picture anew. So a ring too many does no harm, and one that
-    got lost is made up for by the next.
+    All processes on one database make one chat. Each keeps a picture of what is
+    stored there: messages, who is online, which sessions have ended. Whatever
+    may have changed it rings the bell, and look() takes the picture anew. So a
+    ring too many does no harm, and one that got lost is made up for by the
+    next.
     """
 
     def __init__(self, db):
+        # Each document says which process wrote it: so nobody listens to
+        # himself.
         self.db, self.process = db, token_hex(4)
+        # The inbox has (connection, the client's key or None, what to store).
         self.connections, self.inbox = set(), asyncio.Queue(INBOX_MAX)
         self.last = 0  # the number of the last message that was shown
         self.recent = []  # the newest events, up to `last`
@@ -569,6 +616,7 @@ class Room:
 
     async def join(self, connection, after, writer):
         """Say who is online, then every message `after` that number, then go live."""
+        # The others first: who comes gets no "joined" of his own.
         if connection.user not in self.online:
             self.online.add(connection.user)
             await self.show([{"type": "joined", "user": connection.user}])
@@ -579,10 +627,12 @@ class Room:
             await self.read_on()
         while after < self.last - len(self.recent):
             await connection.send(encode(await read_messages(self.db, after + 1, after + PAGE)))
-            # Here we do wait for the client, as nobody else has to; but not for ever.
+            # Here we do wait for the client, as nobody else has to; but not for
+            # ever.
             await asyncio.wait_for(writer.drain(), HEARTBEAT)
             after += PAGE
-        # From here on nothing waits, so no new message can fall between the two.
+        # From here on nothing waits, so no new message can fall between the
+        # two.
         if missed := [each for each in self.recent if each["id"] > after]:
             await connection.send(encode(missed))
         connection.live = True
@@ -590,8 +640,9 @@ class Room:
     async def show(self, events):
         """Send events to all: encoded once, in one frame, the same for everybody.
 
-        No `await` in here really waits (see Connection.send), so nothing else runs meanwhile,
-        and every client is sent the same frames in the same order.
+        No `await` in here really waits (see Connection.send), so nothing else
+        runs meanwhile, and every client is sent the same frames in the same
+        order.
         """
         frame = encode(events)
         for connection in list(self.connections):
@@ -601,8 +652,9 @@ class Room:
     async def write(self):
         """Store all that waits in the inbox, with one insert (group commit).
 
-        Meanwhile the next batch gathers. So the load itself makes the batches: few messages
-        are stored at once, many together, and nobody waits for a timer.
+        Meanwhile the next batch gathers. So the load itself makes the batches:
+        few messages are stored at once, many together, and nobody waits for a
+        timer.
         """
         batch = [await self.inbox.get()]
         while not self.inbox.empty():
@@ -617,19 +669,22 @@ class Room:
                 self.bell.set()
             for _ in batch:
                 self.inbox.task_done()
-        # Who wrote last knows the next number first. So where there are other processes, we
-        # rest as long as we worked: that is their turn.
+        # Who wrote last knows the next number first. So where there are other
+        # processes, we rest as long as we worked: that is their turn.
         if self.elsewhere:
             await asyncio.sleep(asyncio.get_running_loop().time() - start)
 
     async def store(self, batch):
         """Store and show the messages of a batch, and take them out of it.
 
-        The insert itself takes the numbers. Where another process was faster, the unique `_id`
-        refuses ours, and we number the rest anew: the index is the only lock that we need.
+        The insert itself takes the numbers. Where another process was faster,
+        the unique `_id` refuses ours, and we number the rest anew: the index is
+        the only lock that we need.
         """
         while batch:
             refused, stamp = None, {"time": datetime.now(UTC), "process": self.process}
+            # The first number is the one after the last that we know of. (A
+            # comprehension in a dict: `**` puts another one's entries in.)
             documents = [
                 {"_id": number, **post, **stamp}
                 for number, (_, _, post) in enumerate(batch, self.last + 1)
@@ -638,9 +693,13 @@ class Room:
                 await self.db.messages.insert_many(documents)
             except BulkWriteError as error:
                 refused = error.details["writeErrors"][0]  # it stops at the first one
+                # 11000 is "duplicate key". Anything else means that the
+                # database is unwell.
                 if refused["code"] != 11000 or error.details["writeConcernErrors"]:
                     raise
                 documents = documents[: refused["index"]]
+            # What stood before the refused one is stored. The rest is for the
+            # next round.
             del batch[: len(documents)]
             await self.hear([event(each) for each in documents])
             if refused:  # its number is taken, or its sender has sent this key before
@@ -661,6 +720,7 @@ class Room:
 
     async def read_on(self):
         """Show what is stored after the last message that was shown."""
+        # An empty page is false, and ends the loop.
         while page := await read_messages(self.db, self.last + 1, self.last + PAGE):
             await self.hear(page)
 
@@ -669,6 +729,7 @@ class Room:
 
         https://www.mongodb.com/docs/manual/changeStreams/
         """
+        # We ring ourselves for what we write. The filter runs in the database.
         others = {"$match": {"fullDocument.process": {"$ne": self.process}}}
         async with self.db.watch([others]) as stream:
             await stream.try_next()  # only this opens it
@@ -692,6 +753,8 @@ class Room:
     async def look_who_is_online(self):
         """Tell the other processes who is here, and our clients who is elsewhere."""
         now, users = datetime.now(UTC), sorted({each.user for each in self.connections})
+        # Only if that is news, or the last sign of life is too old: each write
+        # rings the bell of all other processes, and theirs ring ours.
         if users != self.told[0] or now > self.told[1]:
             until = now + timedelta(seconds=ONLINE_SECONDS)
             mine = {"users": users, "until": until, "process": self.process}
@@ -702,17 +765,20 @@ class Room:
         found = await in_time(others.to_list())
         self.elsewhere = {user for each in found for user in each["users"]}
         before, self.online = self.online, self.elsewhere | {each.user for each in self.connections}
-        for user in self.online ^ before:
+        for user in self.online ^ before:  # those who are in one of the two sets only
             await self.show([{"type": "joined" if user in self.online else "left", "user": user}])
 
     async def close_ended_sessions(self):
         """Close (1008) the WebSockets of sessions that were logged out, or are too old."""
         now = datetime.now(UTC)
+        # The cookie of a session that ended just now would be void in seven
+        # days. An hour is much longer than any process can have missed a ring.
         lately = {"until": {"$gt": now + SESSION - timedelta(hours=1)}}
         ended = {each["_id"] for each in await in_time(self.db.ended.find(lately).to_list())}
         gone = {c for c in self.connections if c.session["id"] in ended or c.until < now}
         self.connections -= gone  # they hear nothing from now on
-        # We do not wait for them, but they need a name: asyncio itself holds tasks only weakly.
+        # We do not wait for them, but they need a name: asyncio itself holds
+        # tasks only weakly.
         self.farewells = asyncio.gather(
             *(each.close(WSCloseCode.POLICY_VIOLATION) for each in gone)
         )
@@ -730,8 +796,8 @@ def set_up_templates(app):
     """
     loader = jinja2.FileSystemLoader(HERE / "templates")
     environment = aiohttp_jinja2.setup(app, loader=loader, trim_blocks=True)
-    # It brings `url`, which makes a route's address from its name, and a `static` that knows
-    # nothing of versions; ours does.
+    # It brings `url`, which makes a route's address from its name, and a
+    # `static` that knows nothing of versions; ours does.
     environment.globals.update(static=static_url, TEXT_MAX=TEXT_MAX, PAGE=PAGE)
 
 
@@ -742,8 +808,8 @@ def set_up_templates(app):
 
 def sessions():
     """The middleware of aiohttp-session. The cookie holds the session, encrypted and signed."""
-    # A browser takes a __Host- cookie over HTTPS and from this very host only. A Lax one does
-    # not come along when another site's page sends us something.
+    # A browser takes a __Host- cookie over HTTPS and from this very host only.
+    # A Lax one does not come along when another site's page sends us something.
     name, seconds = "__Host-chat" if HTTPS else "chat", int(SESSION.total_seconds())
     storage = EncryptedCookieStorage(
         secret_key(), cookie_name=name, max_age=seconds, secure=HTTPS, samesite="Lax"
@@ -756,8 +822,9 @@ def secret_key():
     key, path = ENV.get("SECRET_KEY"), DATA / "secret-key"
     if not key:
         DATA.mkdir(exist_ok=True)
-        # "x": only if it is not there yet. The file is its owner's alone from the beginning;
-        # a chmod would leave a moment in which everybody on this machine could read it.
+        # "x": only if it is not there yet. The file is its owner's alone from
+        # the beginning; a chmod would leave a moment in which everybody on this
+        # machine could read it.
         private = partial(os.open, mode=0o600)
         with suppress(FileExistsError), open(path, "x", opener=private) as file:
             file.write(token_hex(32))
@@ -769,9 +836,10 @@ def secret_key():
 
 async def log_in(request, login):
     """Begin a new session, and go to the chat: 303, because what was posted is done."""
-    # A new one: if somebody had slipped an old one in, it would be that one's session, too.
+    # A new one: if somebody had slipped an old one in, it would be that one's
+    # session, too.
     session = await new_session(request)
-    session.update(id=token_hex(16), user=login)
+    session.update(id=token_hex(16), user=login)  # aiohttp_session makes a cookie of that
     raise web.HTTPSeeOther("/")
 
 
@@ -790,7 +858,8 @@ async def logout(request):
 def folded(login):
     """The form in which logins are compared: "STRASSE" is "Straße", "ａｎｎａ" is "Anna".
 
-    Who looks alike to people should not be two: https://www.unicode.org/reports/tr15/
+    Who looks alike to people should not be two:
+    https://www.unicode.org/reports/tr15/
     """
     return normalize("NFKC", normalize("NFKC", login).casefold())
 
@@ -804,9 +873,10 @@ def hash_password(password):
     return argon2.derive_phc_encoded(password.encode())
 
 
-# Hashing is slow on purpose, and uses memory on purpose. So it runs in a thread, where the
-# event loop does not wait for it, and one at a time: that leaves the other cores to the chat,
-# and a hundred guesses that are sent at once are counted one by one.
+# Hashing is slow on purpose, and uses memory on purpose. So it runs in a
+# thread, where the event loop does not wait for it, and one at a time: that
+# leaves the other cores to the chat, and a hundred guesses that are sent at
+# once are counted one by one.
 HASHING = asyncio.Lock()
 NOBODYS_HASH = hash_password(token_hex(16))
 WRONG = []  # (when, who): the wrong passwords; `who` is a folded login and an address
@@ -814,6 +884,8 @@ WRONG = []  # (when, who): the wrong passwords; `who` is a folded login and an a
 
 def seconds_to_wait(who):
     """How long `who` may not try to log in; 0 if it may. Forgets what is too old to count."""
+    # One list for all: it cannot grow for ever, since each entry costs its
+    # maker the time of a hash, and is gone after five minutes.
     start = datetime.now(UTC) - WRONG_TIME
     WRONG[:] = [each for each in WRONG if each[0] > start]
     times = [when for when, each in WRONG if each == who]
@@ -823,8 +895,8 @@ def seconds_to_wait(who):
 # ---------------------------------------------------------------------------
 # 9. Static
 # ---------------------------------------------------------------------------
-# The best request is the one that nobody has to make: a browser keeps the CSS and the
-# JavaScript for a year. When a file changes, so does its address.
+# The best request is the one that nobody has to make: a browser keeps the CSS
+# and the JavaScript for a year. When a file changes, so does its address.
 
 
 def version(name):
@@ -841,9 +913,10 @@ def caching(request):
     """What a browser may keep: https://developer.mozilla.org/docs/Web/HTTP/Guides/Caching"""
     if request.match_info.route.name != "static":
         return "no-store"  # after a log-out, "back" shows nothing
-    # It must be our version: during a deploy, an old process may be asked for the new one, and
-    # the browser would keep the old file under the new address for a year. And it must be
-    # one of our files: anybody may ask for "/static//dev/zero", which has no end.
+    # It must be our version: during a deploy, an old process may be asked for
+    # the new one, and the browser would keep the old file under the new address
+    # for a year. And it must be one of our files: anybody may ask for
+    # "/static//dev/zero", which has no end.
     name = request.match_info["filename"]
     if name in os.listdir(HERE / "static") and request.query.get("v") == version(name):
         return "max-age=31536000, immutable"
@@ -857,8 +930,9 @@ def caching(request):
 
 def main():
     """Run until SIGTERM or Ctrl-C (status 0); or say in one line why not (status 1)."""
-    # Each line at once, also where the output is a log and no terminal. And none of the
-    # driver's warnings: they may quote parts of a mistyped password.
+    # Each line at once, also where the output is a log and no terminal. And
+    # none of the driver's warnings: they may quote parts of a mistyped
+    # password.
     sys.stdout.reconfigure(line_buffering=True)
     warnings.simplefilter("ignore", UserWarning)
     try:
@@ -867,8 +941,8 @@ def main():
     except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"chat.py: {error}: check HOST and PORT")
     try:
-        # Heroku's router keeps connections for 90 s. If we closed them sooner, it would
-        # sometimes send a request into a closing one.
+        # Heroku's router keeps connections for 90 s. If we closed them sooner,
+        # it would sometimes send a request into a closing one.
         web.run_app(create_app(), sock=listening, keepalive_timeout=95, shutdown_timeout=1)
         os._exit(0)  # while the database is silent, the driver's threads would not let us go
     except ImportError:

@@ -82,6 +82,9 @@ function start() {
     if (document.hidden && event.user !== user) document.title = `(${++unread}) ${title}`;
   }
 
+  // It says whose page this is: another one may have logged in at this browser since.
+  const messages = (before) => `/messages?${new URLSearchParams({ before, user })}`;
+
   let loading = false;
   async function loadOlder() {
     const first = list.firstElementChild, link = $("older");
@@ -90,17 +93,17 @@ function start() {
     delete link.dataset.failed;
     link.textContent = "Loading …";
     try {
-      const answer = await fetch(`/messages?before=${first.dataset.id}`);
+      const answer = await fetch(messages(first.dataset.id));
       if (answer.redirected) return leave();
       if (!answer.ok) throw new Error(answer.status);
-      const { messages } = await answer.json();
-      const items = messages.map((event) => fill(copy("message"), event));
+      const older = (await answer.json()).messages;
+      const items = older.map((event) => fill(copy("message"), event));
       const height = log.scrollHeight, place = log.scrollTop;
       log.setAttribute("aria-live", "off"); // old ones are no news
       list.prepend(...items);
       [...items, first].forEach(arrange);
       link.textContent = "Older messages";
-      if (messages.length < page || messages[0].id === 1) {
+      if (older.length < page || older[0].id === 1) {
         if (document.activeElement === link) log.focus();
         link.remove();
       }
@@ -270,7 +273,7 @@ function start() {
   }
 
   async function checkSession() {
-    const answer = await fetch("/messages?before=0").catch(() => null);
+    const answer = await fetch(messages(0)).catch(() => null);
     if (answer?.redirected) leave();
   }
 
