@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -174,13 +175,28 @@ def chat(mongo):
         yield it
 
 
-@pytest.fixture
-def house(tmp_path):
-    """A copy of the chat in a folder of its own, for its local database."""
+def copy_house(folder):
+    """Copy what the chat needs into a folder of its own, for its local database."""
     for name in ("chat.py", "templates", "static"):
         copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
-        copy(HERE / name, tmp_path / name)
-    return tmp_path
+        copy(HERE / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A copy of the chat."""
+    return copy_house(tmp_path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begun(tmp_path_factory):
+    """What takes long and mostly waits is begun at once, beside the other tests."""
+    folder = tmp_path_factory.mktemp
+    with ThreadPoolExecutor(3) as pool:
+        results = {text: pool.submit(run_commands, text, folder(text.stem)) for text in CHAPTERS}
+        results["python"] = pool.submit(install_requirements, folder("environment"))
+        yield results
 
 
 class Proxy:
@@ -728,12 +744,12 @@ async def test_everybody_has_everything(mongo):
             talking = [
                 asyncio.create_task(person.keep_talking(rng, sent, "run")) for person in them
             ]
-            for moment in range(24):
+            for moment in range(20):
                 await asyncio.sleep(0.2)
                 unlucky = rng.choice(them)
                 if unlucky.ws and not unlucky.ws.closed:
                     unlucky.ws.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
-                if moment == 12:
+                if moment == 10:
                     second.kill()
                     second.start()
             for task in talking:
@@ -1224,12 +1240,17 @@ def test_heroku_files():
     assert names == ["aiohttp", "aiohttp-jinja2", "aiohttp-session", "cryptography", "motor"]
 
 
-def test_requirements_are_enough(tmp_path, mongo):
-    """Only requirements.txt, in a fresh environment: it starts with a MONGODB_URI."""
-    subprocess.run([sys.executable, "-m", "venv", tmp_path], check=True)
-    python = tmp_path / "bin" / "python"
-    install = [python, "-m", "pip", "install", "-q", "-r", HERE / "requirements.txt"]
-    subprocess.run(install, check=True, stderr=subprocess.DEVNULL)
+def install_requirements(folder):
+    """A fresh environment with nothing but requirements.txt: its Python."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    command = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--no-compile", "-r"]
+    subprocess.run([*command, HERE / "requirements.txt"], check=True, stderr=subprocess.DEVNULL)
+    return command[0]
+
+
+def test_requirements_are_enough(begun, mongo):
+    """They start a chat with a MONGODB_URI, and say what is missing without one."""
+    python = begun["python"].result()
     with Chat(command=(python, "chat.py"), MONGODB_URI=mongo()) as chat:
         assert chat.url
     ends_with_one_line(Chat(command=(python, "chat.py")), "requirements-dev.txt")
@@ -1760,13 +1781,10 @@ def commands(text):
                 yield command, shown
 
 
-@pytest.mark.parametrize("text", CHAPTERS, ids=lambda text: text.name)
-def test_commands(house, text):
-    """What a chapter's commands print, run one after the other against a running chat."""
-    if not list(commands(text)):
-        return
+def run_commands(text, house):
+    """Run a chapter's commands, one after the other, against a chat of its own."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with Chat(house) as chat:
+    with Chat(copy_house(house)) as chat:
         for command, shown in commands(text):
             result = subprocess.run(
                 command.replace("http://127.0.0.1:8080", chat.url),
@@ -1777,7 +1795,7 @@ def test_commands(house, text):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                timeout=20,
+                timeout=30,
             )
             output = result.stdout.replace(chat.url, "http://127.0.0.1:8080").replace("\r", "")
             pattern = "\n".join(
@@ -1785,6 +1803,12 @@ def test_commands(house, text):
                 for line in shown
             )
             assert re.fullmatch(pattern, output.rstrip()), f"$ {command}\n{output}"
+
+
+@pytest.mark.parametrize("text", CHAPTERS, ids=lambda text: text.name)
+def test_commands(begun, text):
+    """What a chapter's commands print is what it shows."""
+    begun[text].result()
 
 
 if __name__ == "__main__":
