@@ -583,8 +583,8 @@ async def forever(step):
 
 async def say_goodbye(app):
     """Store what was received, then close all WebSockets, all at once (1001)."""
-    # What comes from now on is refused: else who sends without pause would keep
-    # us for ever.
+    # What comes from now on is refused: else those who send without pause would
+    # keep us for ever.
     app[ROOM].closing = True
     await asyncio.sleep(CLOSE_SECONDS / 2)  # for what has come, but was not looked at
     with suppress(TimeoutError):
@@ -603,8 +603,7 @@ class Room:
     """
 
     def __init__(self, db):
-        # Each document says which process wrote it: so nobody listens to
-        # himself.
+        # Each document says which process wrote it: so none listens to itself.
         self.db, self.process = db, token_hex(4)
         # The inbox has (connection, the client's key or None, what to store).
         self.connections, self.inbox = set(), asyncio.Queue(INBOX_MAX)
@@ -616,7 +615,7 @@ class Room:
 
     async def join(self, connection, after, writer):
         """Say who is online, then every message `after` that number, then go live."""
-        # The others first: who comes gets no "joined" of his own.
+        # The others first: newcomers get no "joined" of their own.
         if connection.user not in self.online:
             self.online.add(connection.user)
             await self.show([{"type": "joined", "user": connection.user}])
@@ -946,7 +945,8 @@ def main():
         web.run_app(create_app(), sock=listening, keepalive_timeout=95, shutdown_timeout=1)
         os._exit(0)  # while the database is silent, the driver's threads would not let us go
     except ImportError:
-        fault = "no local database here: pip install -r requirements-dev.txt, or set MONGODB_URI"
+        fault = "no local database here: it needs requirements-dev.txt and Python 3.11 to 3.13;"
+        fault += " or set MONGODB_URI"
     except BlockingIOError:
         fault = f"another chat is using {DATA}: stop it, or set MONGODB_URI to its database"
     except (PyMongoError, TimeoutError, ValueError) as error:
