@@ -1578,13 +1578,13 @@ async def test_page_and_somebody_else(mongo):
         people(chat, "mallory") as [other],
         tab(it, chat, "anna") as page,
     ):
+        cookie = (await other.form("/login")).cookies["chat"].value
         chat.kill()
         await type_in(page, "a secret")
         await expect(page.locator("#unsent li")).to_have_count(1)
+        # Before the page is back, the cookie becomes another one's.
+        await page.context.add_cookies([{"name": "chat", "value": cookie, "url": chat.url}])
         chat.start()
-        # At this moment the cookie becomes another one's, before the page is back.
-        cookie = (await other.form("/login")).cookies["chat"]
-        await page.context.add_cookies([{"name": "chat", "value": cookie.value, "url": chat.url}])
         await expect(page.locator("#chat")).to_have_attribute("data-user", "mallory", timeout=15000)
         await type_in(page, "hello")
         await wait_for_texts(page, "hello")
