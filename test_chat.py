@@ -890,8 +890,9 @@ async def test_slow_reader(chat):
         assert longest < 2
         ws._conn.transport.resume_reading()
         got = 0
-        async for frame in ws:
-            got += len(json.loads(frame.data))
+        async with asyncio.timeout(10):  # else it was not cut off, and goes on for ever
+            async for frame in ws:
+                got += len(json.loads(frame.data))
         assert ws.close_code == 1006 and got < 4000
         slow.seen = [reader.seen[0]]
         await slow.connect()
