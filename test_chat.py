@@ -814,12 +814,6 @@ async def test_kill_9_loses_nothing(house):
             assert len(everything) > 100
             for person in them:
                 assert person.seen and all(each in everything for each in person.seen)
-            mode = (
-                (house / "data" / "secret-key").stat().st_mode
-                if "SECRET_KEY" not in chat.env
-                else 0
-            )
-            assert mode & 0o077 == 0
 
 
 @asynchronous
@@ -986,12 +980,13 @@ async def database_fails(folder, fault):
                 pages = ["/", "/messages?before=1", "/ws?after=1"] * 10
                 answers = await asyncio.gather(*(other.ask(path) for path in pages))
                 assert {answer.status for answer in answers} == {503}
+                assert time.monotonic() - start < 10
                 assert '<link rel="stylesheet"' in await answers[0].text()
                 assert (await other.ask("/login")).status == 200  # with a cookie, too
                 assert (await other.ask("/static/chat.js")).status == 200
                 await person.until(lambda: person.errors)
                 assert person.errors[0]["key"] == "2"
-                assert time.monotonic() - start < 18  # two of at most 10 s, and a little
+                assert time.monotonic() - start < 10
                 assert not person.ws.closed and not other.ws.closed
                 if fault == "cut":
                     await proxy.open()
@@ -1267,7 +1262,6 @@ async def test_a_busy_process_leaves_others_their_turn(mongo):
             async def flood(person):
                 while True:
                     await asyncio.gather(*(person.say("x") for _ in range(40)))
-                    await person.until(lambda: person.ws._conn is None or True)
                     await asyncio.sleep(0.01)
 
             floods = [asyncio.create_task(flood(each)) for each in busy]
