@@ -1,33 +1,39 @@
-"""A chat over WebSockets in one file. Read it from top to bottom, once.
+"""A realtime chat over WebSockets, in one file. Read it from top to bottom, once.
 
-Run it with ``python chat.py``, open the address that it prints, and read on with
-``tutorial/README.md`` beside you. The sections have the order of the tutorial's chapters;
-``grep '^# [0-9]' chat.py`` prints them.
+Run it with ``python chat.py`` and open the URL that it prints. To read it, start with
+``tutorial/README.md``: each section of this file is explained in the chapter with the same
+number. ``grep '^# [0-9]' chat.py`` prints the table of contents.
 
-The way of a message::
+How a message travels. The numbers (2) to (5) are at the lines that do it::
 
-    browser --ws--> websocket() --> inbox --> Room.write(): ONE insert_many for all that wait
-                                                 |                     |
-                                                 | stored           MongoDB
-                                                 v                     | "something has changed"
-    browser <--ws-- one frame, the same  <-- Room.hear()               v (change stream)
-                    for everybody                ^---- Room.read_on() in all other processes
+    (1) the browser    keeps the message until it is stored, and sends {"text", "key"}
+          |
+    (2) handle_text()  checks it, waits for Writer.post(), and only then reads the next one
+          |
+    (3) Writer         numbers ALL waiting messages, and stores them ----> MongoDB
+          |            with ONE insert_many                                   |
+    (4) Writer         once they are acknowledged: Room.publish()             | change stream
+          |                                                                   v
+    (5) Room           broadcast(): encoded once,        Reconciler of every other process:
+          |            the same bytes for everybody      catch_up(), publish(), broadcast()
+          v                                                                   v
+        the browsers of this process                     the browsers of that process
 
-Nobody sees a message before MongoDB has acknowledged it. Everybody sees all messages in one
-order: that of their numbers, 1, 2, 3, ... without a gap. In this file, `websocket()` stands in
-section 4, and `Room` in section 6; the passwords are in section 8.
+Nobody sees a message before MongoDB has acknowledged it. Everybody sees all messages in the
+same order: the order of their numbers, which are 1, 2, 3, ... without gaps.
 """
 
 # ---------------------------------------------------------------------------
 # 1. Introduction
 # ---------------------------------------------------------------------------
-# First what Python brings along. Then the five packages of requirements.txt:
-# aiohttp is the web server, aiohttp_jinja2 makes pages from templates,
-# aiohttp_session remembers who is who, cryptography hashes the passwords (and
-# encrypts what aiohttp_session keeps), and Motor speaks with MongoDB. Motor
-# brings along pymongo, whose exceptions we have to name.
+# First the standard library, then the packages of requirements.txt. aiohttp is
+# the web server, aiohttp_jinja2 renders the templates, and aiohttp_session
+# remembers who is logged in. cryptography hashes the passwords and encrypts the
+# session cookie. Motor is the MongoDB driver. It is built on pymongo, which
+# provides the exceptions and some options.
 
 import asyncio
+import atexit
 import fcntl
 import hashlib
 import json
@@ -36,77 +42,131 @@ import os
 import re
 import socket
 import sys
+import time
 import warnings
-from contextlib import suppress
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
+from typing import Any, NoReturn
 from unicodedata import normalize
+from urllib.parse import urlsplit
 
 import aiohttp_jinja2
 import jinja2
+import pymongo
 from aiohttp import WSCloseCode, WSMsgType, web
 from aiohttp.http import HttpProcessingError
-from aiohttp_session import get_session, new_session, session_middleware
+from aiohttp.typedefs import Handler, Middleware
+from aiohttp_session import Session, get_session, new_session, session_middleware
 from aiohttp_session.cookie_storage import EncryptedCookieStorage
 from cryptography.exceptions import InvalidKey
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
-from motor.motor_asyncio import AsyncIOMotorClient
+from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorDatabase
 from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 from pymongo.read_concern import ReadConcern
 
 # ---------------------------------------------------------------------------
 # 2. Structure
 # ---------------------------------------------------------------------------
-# The settings come from the environment (https://12factor.net/config): so the
-# same file runs here and on a server, and no password is ever in git. An empty
-# setting is an unset one.
+# The settings, the limits, and create_app(), which puts everything together.
+#
+# The settings are environment variables (https://12factor.net/config), so the
+# same code runs on your computer and on a server, and no password ends up in
+# git. An empty variable counts as unset.
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"  # the local database and the secret key; git ignores it
-ENV = {name: value for name, value in os.environ.items() if value}
-MONGODB_URI = ENV.get("MONGODB_URI")  # none: the local database
-HOST, PORT = ENV.get("HOST", "127.0.0.1"), ENV.get("PORT", "8080")
-HTTPS = ENV.get("HTTPS") == "1"  # behind a router that speaks HTTPS for us
+ENVIRONMENT = {name: value for name, value in os.environ.items() if value}
+MONGODB_URI = ENVIRONMENT.get("MONGODB_URI")  # unset: the local database
+SECRET_KEY = ENVIRONMENT.get("SECRET_KEY")  # unset: a random key, kept in data/
+HOST = ENVIRONMENT.get("HOST", "127.0.0.1")
+PORT = ENVIRONMENT.get("PORT", "8080")
+HTTPS = ENVIRONMENT.get("HTTPS") == "1"  # behind a reverse proxy that handles HTTPS
 
-# The limits. Without them, one careless or hostile client could use up what all
-# need.
+# The limits. Without them, one careless or hostile client could exhaust what
+# everybody shares.
 
-PAGE, RECENT_MAX = 50, 200  # messages: in a page or a query; in memory, for who comes back
-TEXT_MAX, KEY_MAX = 2_000, 64  # characters: of a message; of a client's own name for it
-BODY_MAX = 64 * 1024  # bytes of a form, or of a WebSocket frame
-INBOX_MAX = 200  # messages that wait to be stored by one insert; then their senders wait
-UNREAD_MAX = 1_000_000  # bytes that wait for one client, before we cut it off
+PAGE_SIZE = 50  # messages, at most: in one query, in one page, and in Room.recent
+TEXT_MAX = 2_000  # characters of a message
+KEY_MAX = 64  # characters of a message's idempotency key
+BODY_MAX = 64 * 1024  # bytes of a form, and of a WebSocket message
+# Bytes that may wait for one client. A page of the longest messages must fit:
+# a character takes up to 6 bytes in JSON, so 50 * 2,000 * 6 = 600,000.
+SEND_BUFFER_MAX = 1_000_000
+SEND_TIMEOUT = 60  # seconds for a client to take what was sent to it
 HEARTBEAT = 27  # seconds between pings; Heroku's router cuts after 55 of silence
-DATABASE_SECONDS, CLOSE_SECONDS = 3, 1  # for the database to answer; for a client to close
-PULSE_SECONDS, ONLINE_SECONDS = 10, 35  # between signs of life; without one, users have left
-SESSION = timedelta(days=7)  # from the login, used or not
-WRONG_MAX, WRONG_TIME = 10, timedelta(minutes=5)  # wrong passwords; how long they count
+DATABASE_TIMEOUT = 3  # seconds for a batch of messages, or for a whole request
+START_TIMEOUT = 20  # seconds at the start: a replica set elects a primary in about 10
+CLOSE_TIMEOUT = 1  # seconds for each step of the shutdown that waits for others
+RETRY_DELAY = 0.5  # seconds until a task that failed is tried again
+SYNC_INTERVAL = 10  # seconds until a process looks for changes, even if it heard of none
+PRESENCE_TTL = timedelta(seconds=35)  # a process that was silent for so long is gone
+SESSION_LIFETIME = timedelta(days=7)  # from the login, used or not
+FAILED_LOGINS_MAX = 10  # wrong passwords for one login from one IP address
+FAILED_LOGINS_WINDOW = timedelta(minutes=5)  # how long each of them counts
+HASH_QUEUE_MAX = 10  # people whose passwords may be waiting to be hashed
 
-# The key under which handlers find the room in `request.app`. A string would
-# do, but could clash with some package's string; an AppKey cannot, and tells an
-# editor the type.
-ROOM = web.AppKey("ROOM", "Room")
+# What clients get is a JSON array of events: {"type": "message", ...}. The other
+# types are online, joined, left and error.
+Event = dict[str, Any]
+# A database whose documents are dictionaries.
+Database = AsyncIOMotorDatabase[dict[str, Any]]
+
+# Under these keys the application keeps what its handlers share. A string
+# would do, but it could clash with a string of some package. An AppKey cannot,
+# and it tells an editor the type. (The names of classes that are defined further
+# down have quotes.)
+ROOM: web.AppKey["Room"] = web.AppKey("ROOM")
+WRITER: web.AppKey["Writer"] = web.AppKey("WRITER")
+# See hash_turn().
+HASH_SLOTS = web.AppKey("HASH_SLOTS", asyncio.Semaphore)
+HASH_LOCK = web.AppKey("HASH_LOCK", asyncio.Lock)
+
+log = logging.getLogger("chat")
 
 
-def create_app():
-    """The whole application, on one screen."""
-    # An onion: a request passes these from left to right, its response from
-    # right to left.
-    middlewares = [error_pages, protect, sessions(), authorize, db_handler]
+class StartupError(Exception):
+    """The chat cannot start. The text says in one line why, and what to do."""
+
+
+@contextmanager
+def explain(text: str, *expected: type[Exception]) -> Iterator[None]:
+    """Turn the expected exceptions into a StartupError. Any other one is a bug: leave it alone.
+
+    The text of an exception is not shown, because it could quote a password.
+    """
+    try:
+        yield
+    except expected as error:
+        raise StartupError(f"{type(error).__name__}: {text}") from None
+
+
+def create_app() -> web.Application:
+    """Put the application together. Raise StartupError if a setting is not usable."""
+    # A request passes through the middlewares from first to last, and its
+    # response from last to first.
+    middlewares: list[Middleware] = [error_pages, redirect_to_https, check_origin]
+    middlewares += [create_session_middleware(), authorize, db_handler]
     app = web.Application(middlewares=middlewares, client_max_size=BODY_MAX)
     app.add_routes(routes())
     set_up_templates(app)
-    # A signal is a list of coroutines that aiohttp calls at a certain moment:
-    # this one just before a response is sent.
-    app.on_response_prepare.append(add_headers)
-    # It runs up to its `yield` before the first request, and on from there
-    # after the last.
+    app[HASH_SLOTS] = asyncio.Semaphore(HASH_QUEUE_MAX)
+    app[HASH_LOCK] = asyncio.Lock()
+    # A signal of aiohttp (not of the operating system) is a list of coroutine
+    # functions that it calls at a certain moment: these just before it sends
+    # the headers of a response.
+    app.on_response_prepare.append(set_headers)
+    # A clean-up context runs up to its `yield` before the first request, and
+    # the rest of it after the last.
     app.cleanup_ctx.append(database)
-    # Not in the clean-up: that begins when all handlers have ended, and the
-    # WebSockets' handlers never end by themselves.
-    app.on_shutdown.append(say_goodbye)
+    # The clean-up waits for all handlers, and the handler of a WebSocket returns
+    # only when its connection is closed. So we close them before, on_shutdown.
+    app.on_shutdown.append(shut_down)
     return app
 
 
@@ -115,346 +175,366 @@ def create_app():
 # ---------------------------------------------------------------------------
 
 
-def routes():
-    """The table of all addresses. The names are for `url()` in the templates."""
+def routes() -> list[web.AbstractRouteDef]:
+    """The routing table. Code and templates use the names to make URLs."""
     return [
         web.get("/", chat_page, name="chat"),  # `get` answers HEAD as well
         web.get("/messages", older_messages, name="messages"),
         web.get("/ws", websocket, name="websocket"),
-        web.view("/login", Login, name="login"),
-        web.view("/signup", Signup, name="signup"),
-        # Not GET: a link on any other site would log people out.
-        web.post("/logout", logout, name="logout"),
-        web.static("/static", HERE / "static", name="static"),
+        web.get("/login", show_form, name="login"),
+        web.post("/login", log_in, name="login"),
+        web.get("/signup", show_form, name="signup"),
+        web.post("/signup", sign_up, name="signup"),
+        # Not GET: a link on any other site could log people out.
+        web.post("/logout", log_out, name="logout"),
+        # append_version: url() adds a hash of the file's content, see chapter 9.
+        web.static("/static", HERE / "static", name="static", append_version=True),
     ]
 
+
+# All other routes require a login, and so does every route that is added later.
+PUBLIC_ROUTES = {"login", "signup", "static"}
 
 # ---------------------------------------------------------------------------
 # 4. Request and response
 # ---------------------------------------------------------------------------
-# A handler is a coroutine that takes a request and returns a response. First
-# the pages:
+# First the pages, then the WebSocket: websocket(), handle_text(), Connection.
+#
+# A handler is a coroutine function that takes a request and returns a response.
+# The middlewares of section 5 have put the session and the database into the
+# request.
 
 
 @aiohttp_jinja2.template("chat.html")
-async def chat_page(request):
-    """The newest messages as a page; or those before ``?before=``, without JavaScript."""
-    newest = str(request.app[ROOM].last + 1)
-    # The decorator renders the template with what we return.
-    return {"user": request["user"], "messages": await messages_before(request, newest)}
+async def chat_page(request: web.Request) -> dict[str, Any]:
+    """The newest messages as a page. Without JavaScript, ``?before=`` shows older ones."""
+    newest = request.app[ROOM].latest_id
+    before = request.query.get("before", str(newest + 1))
+    messages = await messages_before(request, before)
+    # The decorator renders the template with these values.
+    return {"user": request["session"]["user"], "messages": messages}
 
 
-async def older_messages(request):
-    """JSON: ``{"messages": [event, ...]}``, see event()."""
-    return web.json_response({"messages": await messages_before(request)}, dumps=encode)
+async def older_messages(request: web.Request) -> web.Response:
+    """JSON: ``{"messages": [event, ...]}``, up to PAGE_SIZE of them, oldest first."""
+    messages = await messages_before(request, request.query.get("before", ""))
+    return web.json_response({"messages": messages}, dumps=to_json)
 
 
-async def messages_before(request, default=""):
-    """The PAGE events just before number ``?before=``, oldest first."""
-    # What stands behind the "?" of an address is text, whatever it looks like.
-    before = number(request.query.get("before", default))
-    before = min(before, request.app[ROOM].last + 1)  # MongoDB's integers have an end
-    return await read_messages(request["db"], max(before - PAGE, 1), before - 1)
+async def messages_before(request: web.Request, before: str) -> list[Event]:
+    """The page of messages just before number `before`, which is text from a URL."""
+    # A number in a URL may be too large for MongoDB. No message is newer than
+    # latest_id, so nothing is lost.
+    end = min(parse_number(before), request.app[ROOM].latest_id + 1)
+    return await read_messages(request["db"], end - PAGE_SIZE, end - 1)
 
 
-def number(text):
-    """A number from a query, or 400. `int` alone takes " 1_0", and chokes on "9" * 5000."""
+def parse_number(text: str) -> int:
+    """The number in a query parameter. Without one, answer 400: int() would accept " 1_0"."""
     if not re.fullmatch("-?[0-9]{1,100}", text):
-        raise web.HTTPBadRequest(text="This address lacks the number of a message.")
+        raise web.HTTPBadRequest(text="The URL needs a valid message number.")
     return int(text)
 
 
-# Then the WebSocket. Its handler runs as long as the connection is open.
+# Then the WebSocket. Each connection has a running handler of its own, for as
+# long as it is open.
 
 
-async def websocket(request):
-    """The live chat. Room.join() tells what comes first.
+async def websocket(request: web.Request) -> web.WebSocketResponse:
+    """The live chat: who is online, then every message after number ``?after=``.
 
-    ``/ws?after=ID`` begins with what came after that number, ``/ws?after=``
-    with the very first message, and ``/ws`` with what is new.
+    ``/ws?after=`` starts with the oldest message, ``/ws`` with the next one that is stored.
     """
     room = request.app[ROOM]
-    after = number(request.query.get("after", str(room.last)) or "0")
-    # Larger frames are refused (1009). Nothing is deflated: that would be done
-    # for each client anew, and halve the speed. And nothing is sent behind our
-    # back (pongs), or waits for a client (writer_limit): Connection.send()
-    # tells why.
-    limits = {"max_msg_size": BODY_MAX + 1, "writer_limit": sys.maxsize}
-    ws = web.WebSocketResponse(heartbeat=HEARTBEAT, autoping=False, compress=False, **limits)
-    # This answers the handshake (101). Before it we speak HTTP, afterwards
-    # frames.
-    writer = await ws.prepare(request)
-    connection = Connection(ws, request)
+    after = request.query.get("after", str(room.latest_id))
+    after_id = 0 if after == "" else max(parse_number(after), 0)
+    ws = web.WebSocketResponse(
+        heartbeat=HEARTBEAT,
+        # aiohttp refuses a message of exactly this size, hence the + 1.
+        max_msg_size=BODY_MAX + 1,
+        # Compressing every frame for every client would halve the speed.
+        compress=False,
+        # We answer pings ourselves, below, because send_frame() limits what may
+        # wait for a client. Otherwise, a client that pings but never reads
+        # could fill the memory.
+        autoping=False,
+    )
+    # This completes the handshake (101). From here on, there are only frames.
+    await ws.prepare(request)
+    connection = Connection(request, ws)
+    room.enter(connection)
     try:
-        await room.join(connection, max(after, 0), writer)
-        async for frame in ws:
-            if frame.type is WSMsgType.BINARY:
-                await connection.close(WSCloseCode.UNSUPPORTED_DATA)
-            elif frame.type is WSMsgType.PING:
-                await connection.send(frame.data, ws.pong)
-            elif frame.type is WSMsgType.TEXT:
-                text, key = read_post(frame.data)
-                if text and not room.closing:
-                    post = {"user": connection.user, "key": key or token_hex(16), "text": text}
-                    # While the inbox is full, this waits, so we read nothing
-                    # more, so the client cannot send: one that is too fast is
-                    # slowed down, and loses nothing.
-                    await room.inbox.put((connection, key, post))
-                else:
-                    await connection.refuse(key, GOODBYE if text else NO_MESSAGE)
-                    await asyncio.sleep(0)  # let others run: nothing else slows down nonsense
-    except (PyMongoError, TimeoutError, ConnectionError):  # it missed something: come again!
-        await connection.close(WSCloseCode.TRY_AGAIN_LATER)
-    finally:  # however it ended; the bell: have a look at who is still here
-        room.connections.discard(connection)
-        room.bell.set()
+        async with connection.deadline:
+            await room.send_missed(connection, after_id)
+            async for frame in ws:
+                connection.idle = False
+                if frame.type is WSMsgType.TEXT:
+                    await handle_text(request, connection, frame.data)
+                elif frame.type is WSMsgType.PING:
+                    connection.send_frame(to_frame(WSMsgType.PONG, frame.data))
+                elif frame.type is WSMsgType.BINARY:
+                    connection.end(WSCloseCode.UNSUPPORTED_DATA)
+                # Let other tasks run. An `await` that need not wait does not do
+                # that, so a client that sends without pause would stop everybody.
+                await asyncio.sleep(0)
+                connection.idle = True
+    except (PyMongoError, TimeoutError, ConnectionError):
+        # Either end() was called, or catching up failed. In the latter case, the
+        # close code asks the client to reconnect.
+        pass
+    finally:
+        room.leave(connection)
+        await connection.close()
     return ws
 
 
-# What a client is told whose message is not stored.
-NO_MESSAGE = f"A message has 1 to {TEXT_MAX:,} characters, and a key of at most {KEY_MAX}."
-GOODBYE = "This message was not stored: the chat is just ending."
+async def handle_text(request: web.Request, connection: "Connection", data: str) -> None:
+    """Store the message that a client sent, or tell the client why not.
 
-
-def read_post(data):
-    """What a client sent: its text, stripped, or "" if it cannot be taken; its key or None."""
+    We read nothing more from this client until its message is stored. So a client that sends
+    faster than the database stores is slowed down and loses nothing (backpressure), and all
+    clients get an equal share of each batch.
+    """
     try:
-        post = json.loads(data)
-        text, key = post.get("text"), post.get("key")
-    except (ValueError, AttributeError, RecursionError):  # "[[[[[[..." goes too deep
-        return "", None
-    # A string may be longer for JavaScript, which counts UTF-16: "😀" is 1 here,
-    # 2 there.
-    good = is_text(text) and len(text.strip()) <= TEXT_MAX
-    good = good and (key is None or is_text(key) and 1 <= len(key) <= KEY_MAX)
-    return text.strip() if good else "", key
+        message = json.loads(data)
+    except (ValueError, RecursionError):  # "[[[[[[..." nests too deep
+        message = None
+    fields = message if isinstance(message, dict) else {}
+    # These may be anything that JSON can express.
+    key: Any = fields.get("key")
+    text: Any = fields.get("text")
+    # JavaScript counts differently: "😀" has length 1 in Python, and 2 there.
+    text_is_valid = is_valid_text(text) and 1 <= len(text.strip()) <= TEXT_MAX
+    key_is_valid = key is None or (is_valid_text(key) and 1 <= len(key) <= KEY_MAX)
+    if text_is_valid and key_is_valid:
+        # (2) Wait until the message is stored.
+        reply = await request.app[WRITER].post(connection.user, text.strip(), key)
+    else:
+        reply = {"type": "error", "text": INVALID_MESSAGE}
+    # Usually there is no reply: the sender sees the message like everybody else.
+    if reply is not None:
+        if reply["type"] == "error" and is_valid_text(key):
+            reply["key"] = key  # which of the client's messages this is about
+        connection.send([reply])
 
 
-def is_text(value):
-    """Whether it is a string that UTF-8 can hold: JSON can spell half characters, too."""
+# What an error event tells the sender.
+INVALID_MESSAGE = f"Messages must have 1 to {TEXT_MAX:,} characters, and keys 1 to {KEY_MAX}."
+NOT_STORED = "This message could not be saved. Please try again."
+SHUTTING_DOWN = "Not stored: the server is shutting down."
+
+
+def is_valid_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can encode: JSON may contain half a surrogate pair."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-# Letters as they are, not as \u0436: that makes a Russian message a third as
-# long.
-encode = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
+# Letters as they are, not as \u0436: that makes Russian text a third as long.
+to_json = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
+
+
+def to_frame(opcode: WSMsgType, payload: bytes) -> bytes:
+    """Put a payload into a WebSocket frame.
+
+    aiohttp can do this as well, but it would do it again for each client. A server's frames
+    are the same for all clients. https://www.rfc-editor.org/rfc/rfc6455#section-5.2
+    """
+    first_byte = 0x80 | opcode  # 0x80: the message ends with this frame
+    # 126 means: the size is in the next 2 bytes. 127: in the next 8 bytes.
+    size = len(payload)
+    if size < 126:
+        return bytes([first_byte, size]) + payload
+    if size < 65_536:
+        return bytes([first_byte, 126]) + size.to_bytes(2, "big") + payload
+    return bytes([first_byte, 127]) + size.to_bytes(8, "big") + payload
 
 
 class Connection:
-    """An open WebSocket: whose it is, and how to send to it."""
+    """One open WebSocket: whose it is, and how to send to it.
 
-    def __init__(self, ws, request):
-        # The transport is asyncio's end of the line. It knows how much waits to
-        # be sent.
-        self.ws, self.transport = ws, request.transport
-        self.user, self.session = request["user"], request["session"]
-        self.until = datetime.fromtimestamp(self.session.created, UTC) + SESSION
-        self.live = False  # it has caught up, and is shown what comes
+    websocket() creates it, and is the only one to close it. Others may call end().
+    """
 
-    async def send(self, frame, send=None):
-        """Send a frame (a string, or with `ws.pong` bytes), without waiting for the client.
+    def __init__(self, request: web.Request, ws: web.WebSocketResponse) -> None:
+        self.session: Session = request["session"]
+        self.user: str = self.session["user"]
+        self.ws = ws
+        self.stream = request.writer
+        assert request.transport is not None  # for the type checker: prepare() has used it
+        # The transport is asyncio's end of the connection. It keeps what was
+        # sent until the client takes it. With high=0, drain() waits until the
+        # transport has handed over everything.
+        self.transport = request.transport
+        self.transport.set_write_buffer_limits(high=0)
+        self.live = False  # it has all earlier messages, and gets each new one
+        self.idle = True  # its handler has nothing to do; shut_down() looks at this
+        self.deadline = asyncio.timeout(None)  # when its handler stops: never, until end()
+        self.close_code = WSCloseCode.TRY_AGAIN_LATER
 
-        If we waited, one client that stops reading would hold up all the
-        others. So what it leaves unread waits in memory, and when that is too
-        much, we cut it off: the page connects again, and says what it has seen.
+    def send(self, events: list[Event]) -> None:
+        """Send events to this client alone."""
+        self.send_frame(to_frame(WSMsgType.TEXT, to_json(events).encode()))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send a frame without waiting for the client.
+
+        If we waited, one client that stops reading would delay all the others. So frames that
+        it has not read stay in memory. If they are too many, we disconnect the client, which
+        is called a slow consumer. When it reconnects, ``?after=`` says what it has seen.
         """
-        if self.transport.get_write_buffer_size() > UNREAD_MAX:
+        if self.transport.get_write_buffer_size() > SEND_BUFFER_MAX:
             self.transport.abort()
-        with suppress(ConnectionError):  # it is closing anyway
-            await (send or self.ws.send_str)(frame)
+        elif not self.ws.closed and not self.transport.is_closing():
+            self.transport.write(frame)
 
-    async def refuse(self, key, reason):
-        """Tell this client alone that one of its messages is not stored."""
-        named = {"key": key} if is_text(key) else {}
-        await self.send(encode([{"type": "error", "text": reason, **named}]))
+    async def flush(self) -> None:
+        """Wait until the client has taken what was sent, or raise TimeoutError."""
+        async with asyncio.timeout(SEND_TIMEOUT):
+            await self.stream.drain()
 
-    async def close(self, code):
-        """Close it politely, or with force if it does not even read our "close".
+    def end(self, code: WSCloseCode) -> None:
+        """Have the handler close the connection. The first code counts.
 
-        The codes: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
+        What the codes mean: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
         """
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.ws.close(code=code), CLOSE_SECONDS)
-        self.transport.abort()
+        if self.deadline.when() is None:
+            self.close_code = code
+            self.deadline.reschedule(0)  # a time in the past: now
 
+    async def close(self) -> None:
+        """Close the connection when the client has taken what was sent, or after SEND_TIMEOUT.
 
-# At last the forms. A view is a class with a method for each method of HTTP.
-
-
-class Form(web.View):
-    """What both forms have in common."""
-
-    async def get(self):
-        """The empty form, for those who are not signed in."""
-        if self.request["user"]:
-            raise web.HTTPSeeOther("/")
-        return self.page(200)
-
-    head = get  # for HTTP, HEAD is a GET of which only the headers are sent
-
-    def page(self, status, **context):
-        """The form with the `login` that was typed and its `fault`; never the password."""
-        template = f"{self.request.match_info.route.name}.html"
-        return aiohttp_jinja2.render_template(template, self.request, context, status=status)
-
-    async def fields(self):
-        """The login and the password that were posted."""
-        # An unknown charset, bytes that are not of it, a torn body, a file for
-        # a text: all that is the sender's fault (400), not ours (500).
-        with suppress(LookupError, RuntimeError, TypeError, ValueError):
-            form = await self.request.post()
-            # Nobody has a login this long, and to normalize a very long one
-            # takes seconds.
-            fields = form.get("login", "")[:100], form.get("password", "")
-            if all(map(is_text, fields)):
-                return fields
-        raise web.HTTPBadRequest(text="This form cannot be read.")
-
-
-class Login(Form):
-    """``/login``."""
-
-    async def post(self):
-        """Check the password, and begin a session."""
-        login, password = await self.fields()
-        # For Heroku's router the visitor's address is in a header; without a
-        # router that header is whatever the visitor likes.
-        address = forwarded(self.request, "X-Forwarded-For") if HTTPS else self.request.remote
-        who = folded(login), address
-        user = await in_time(self.request["db"].users.find_one({"_id": folded(login)}))
-        async with HASHING:
-            if seconds := seconds_to_wait(who):
-                raise web.HTTPTooManyRequests(headers={"Retry-After": str(seconds)})
-            # An unknown login is checked, too, against a hash that nothing
-            # matches: else it would be answered faster, and so tell which
-            # logins there are.
-            hashed = user["password"] if user else NOBODYS_HASH
-            try:
-                await asyncio.to_thread(Argon2id.verify_phc_encoded, password.encode(), hashed)
-            except InvalidKey:
-                WRONG.append((datetime.now(UTC), who))
-                return self.page(401, login=login, fault="wrong")
-        return await log_in(self.request, user["login"])
-
-
-class Signup(Form):
-    """``/signup``."""
-
-    async def post(self):
-        """Store a user, and begin a session."""
-        login, password = await self.fields()
-        # \w: letters, digits and underscores of any script. NFKC first, which
-        # makes one letter of an "e" and the accent that follows it.
-        named = re.fullmatch(r"\w{3,20}", normalize("NFKC", login))
-        if not named or not 8 <= len(password) <= 200:
-            return self.page(400, login=login, fault="password" if named else "login")
-        async with HASHING:
-            hashed = await asyncio.to_thread(hash_password, password)
-        user = {"_id": folded(login), "login": login, "password": hashed}
-        # To look first whether the login is free would not help: another one
-        # may take it between the look and the insert. The unique `_id` decides.
+        The handler itself does this, because it must not be reading at the same time: close()
+        goes on reading until the client has answered.
+        """
         try:
-            await in_time(self.request["db"].users.insert_one(user))
-        except DuplicateKeyError:
-            return self.page(409, login=login, fault="taken")
-        return await log_in(self.request, login)
+            async with asyncio.timeout(SEND_TIMEOUT):
+                await self.ws.close(code=self.close_code)
+                await self.stream.drain()
+        except (TimeoutError, ConnectionError):
+            self.transport.abort()
 
 
 # ---------------------------------------------------------------------------
 # 5. Middlewares
 # ---------------------------------------------------------------------------
-# A middleware stands between the server and all handlers. It may answer by
-# itself, or hand the request on, and it sees the response on its way back.
+# A middleware wraps every handler. It may answer the request itself, or pass
+# it on, and it sees the response on its way back.
+
+
+DATABASE_DOWN = "The database is not responding. Please try again in a moment."
 
 
 @web.middleware
-async def error_pages(request, handler):
-    """Answer every error with a page of this site's own. It is the outermost one."""
+async def error_pages(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give every error a page in the site's own style. Bugs (500) are left to aiohttp's log."""
+    error: web.HTTPException
     try:
         return await handler(request)
     except web.HTTPException as raised:
         error = raised
-    except (web.RequestPayloadError, HttpProcessingError):  # a body that cannot be unpacked
-        error = web.HTTPBadRequest()
-    except (PyMongoError, TimeoutError):
-        error = web.HTTPServiceUnavailable(text="The database does not answer. Try again soon.")
-    # An HTTPException is a response as well. We put our page into it and raise
-    # the same one again, so that it keeps its headers (Allow, Retry-After).
-    if error.status >= 400:  # redirects are raised, too
+    except ConnectionError:
+        return web.Response(status=400)  # the client has gone, so nobody reads this
+    except (web.RequestPayloadError, HttpProcessingError):
+        request.content.feed_eof()  # aiohttp must not try to read the rest
+        error = web.HTTPBadRequest(text="The request body could not be read.")
+    except (PyMongoError, TimeoutError) as failure:
+        log.warning("%s: 503 after %s", request.match_info.route.name, describe(failure))
+        error = web.HTTPServiceUnavailable(text=DATABASE_DOWN, headers={"Retry-After": "5"})
+    # An HTTPException is a response, too. We put our page into it and raise it
+    # again, so it keeps its headers (Allow, Retry-After).
+    if error.status >= 400:  # a redirect is an HTTPException as well: it needs no page
         error.text = aiohttp_jinja2.render_string("error.html", request, {"error": error})
         error.content_type = "text/html"
     raise error
 
 
 @web.middleware
-async def protect(request, handler):
-    """HTTPS only, where that is set; and no orders from other sites (CSRF)."""
-    if HTTPS and forwarded(request, "X-Forwarded-Proto") == "http":
-        target = {"Location": f"https://{request.host}{request.path_qs}"}
-        return web.Response(status=308, headers=target)
-    # A browser may add the cookie to what a page of another site makes it send.
-    # Only the Origin tells which site that was; a client that sends none is no
-    # browser. The WebSocket needs it most: browsers let every site open one to
-    # every other.
-    own = f"{'https' if HTTPS else 'http'}://{request.host}"
-    order = request.method not in {"GET", "HEAD"} or request.path == "/ws"
-    if order and request.headers.get("Origin", own) != own:
-        raise web.HTTPForbidden(text="This was sent from another site.")
+async def redirect_to_https(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """With HTTPS=1, redirect requests that reached the reverse proxy as plain HTTP."""
+    if HTTPS and last_forwarded(request, "X-Forwarded-Proto") == "http":
+        location = f"https://{request.host}{request.path_qs}"
+        return web.Response(status=308, headers={"Location": location})
     return await handler(request)
 
 
-def forwarded(request, name):
-    """The last value of a header: the router's own. What precedes it, anyone may have sent."""
+def last_forwarded(request: web.Request, name: str) -> str:
+    """The last value of a header, from our reverse proxy. The client may invent those before."""
     return request.headers.getall(name, [""])[-1].rpartition(",")[2].strip()
 
 
 @web.middleware
-async def authorize(request, handler):
-    """Find out who asks, and show strangers to the login."""
-    name = request.match_info.route.name  # None: there is no such page (404, 405)
-    private = name in {"chat", "messages", "websocket", "logout"}
-    request["user"] = request["session"] = None
-    # A cookie that is not ASCII is none of ours. And the forms need no
-    # database.
-    harmless = (UnicodeError,) if private else (UnicodeError, PyMongoError, TimeoutError)
-    with suppress(*harmless):
-        session = await get_session(request)
-        if "id" in session and name != "static":
-            # The cookie is the session: who has a copy of it stays signed in
-            # after a log-out, unless we remember that this session has ended.
-            ended = request.app[ROOM].db.ended.find_one({"_id": session["id"]})
-            # And a page says whose it is: another one may have logged in at
-            # this browser since, and what it sends must not be sent in their
-            # name.
-            same = request.query.get("user", session["user"]) == session["user"]
-            if same and not await in_time(ended):
-                request["user"], request["session"] = session["user"], session
-    if private and not request["user"]:  # a script cannot see where a redirect leads
-        raise web.HTTPUnauthorized() if name == "websocket" else web.HTTPSeeOther("/login")
+async def check_origin(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse what pages of other sites send: cross-site request forgery (CSRF).
+
+    The browser may send our cookie with such a request. Only the Origin header shows which
+    site's page made it. The WebSocket needs this check most, because a page of any site may
+    open a WebSocket to any server. A client that sends no Origin is not a browser.
+    """
+    own_origin = f"{'https' if HTTPS else 'http'}://{request.host}"
+    is_websocket = request.match_info.route.name == "websocket"
+    changes_something = is_websocket or request.method not in {"GET", "HEAD"}
+    if changes_something and request.headers.get("Origin", own_origin) != own_origin:
+        raise web.HTTPForbidden(text="Refused: this request came from another site.")
     return await handler(request)
 
 
 @web.middleware
-async def db_handler(request, handler):
-    """Hand the database to the handler, which then needs to know of nothing else."""
-    request["db"] = request.app[ROOM].db
+async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Find the user's session. Without one, only the public routes are open."""
+    name = request.match_info.route.name
+    if name == "static" or request.match_info.http_exception is not None:
+        return await handler(request)  # files and errors (404, 405) are the same for everybody
+    request["session"] = None
+    try:
+        request["session"] = await current_session(request)
+    except (PyMongoError, TimeoutError):
+        if name not in PUBLIC_ROUTES:  # the empty forms work without the database
+            raise
+    if request["session"] is None and name not in PUBLIC_ROUTES:
+        if name == "websocket":  # a script cannot see a redirect
+            raise web.HTTPUnauthorized(text="Please log in.")
+        raise redirect_to(request, "login")
     return await handler(request)
 
 
-async def add_headers(request, response):
-    """A signal, not a middleware: it sees every response, a WebSocket's (101) included."""
-    response.headers.update(HEADERS)
-    response.headers["Cache-Control"] = caching(request)
-    if HTTPS:  # for a year, come by HTTPS only
-        response.headers["Strict-Transport-Security"] = "max-age=31536000"
+async def current_session(request: web.Request) -> Session | None:
+    """The session of the request's cookie, or None. Raise if the database does not answer."""
+    try:
+        session = await get_session(request)
+    except UnicodeError:
+        return None  # a cookie that is not ASCII is none of ours
+    if "id" not in session:
+        return None
+    # Our JavaScript sends the name of the user whom its page was made for, as
+    # ?user=. Suppose Ann's page is open, and Ben logs in in another tab. Now the
+    # cookie is Ben's. What Ann's page sends must not appear as his.
+    if request.query.get("user", session["user"]) != session["user"]:
+        return None
+    # Anyone with a copy of the cookie has the session, and deleting the cookie
+    # in one browser leaves the copies valid. So a log-out is stored (revocation).
+    revoked_sessions = request.app[ROOM].db.revoked_sessions
+    async with asyncio.timeout(DATABASE_TIMEOUT):
+        revoked = await revoked_sessions.find_one({"_id": session["id"]})
+    return None if revoked else session
 
 
-# What each of them prevents, and what to write:
+@web.middleware
+async def db_handler(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Put the database into the request, and stop a handler that waits for it too long."""
+    request["db"] = request.app[ROOM].db
+    if request.match_info.route.name == "websocket":
+        return await handler(request)  # this one runs as long as the client stays
+    async with asyncio.timeout(DATABASE_TIMEOUT):
+        return await handler(request)
+
+
+# What each of these prevents, and which values to use:
 # https://cheatsheetseries.owasp.org/cheatsheets/HTTP_Headers_Cheat_Sheet.html
-HEADERS = {
-    # Scripts, styles, images, connections: from here only, and nothing inline.
-    # So even if somebody's text became HTML by a mistake of ours, it could not
-    # run.
+SECURITY_HEADERS = {
+    # Scripts, styles, images and connections only from here, and nothing
+    # inline. Even if a mistake of ours let a user's text become HTML, no script
+    # in it would run.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
     "frame-ancestors 'none'",
@@ -464,323 +544,471 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 
+
+async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Add headers to every response. A middleware would see a WebSocket's 101 too late."""
+    response.headers.update(SECURITY_HEADERS)
+    response.headers["Cache-Control"] = cache_control(request)
+    if HTTPS:  # use HTTPS only, for a year (HSTS)
+        response.headers["Strict-Transport-Security"] = "max-age=31536000"
+
+
 # ---------------------------------------------------------------------------
 # 6. Databases
 # ---------------------------------------------------------------------------
-# Four collections of documents:
-#   users     _id: the folded login; login: as it was signed up; password: its hash
-#   messages  _id: 1, 2, 3, ...; user, key, text, time (UTC); process: who stored it
-#   online    _id, process: the process; users: its users; until: its last sign of life + 35 s
-#   ended     _id: a session that was logged out; process; until: when its cookie is void
+# First the connection, then the queries, then the three classes of the figure:
+# Room, Writer, Reconciler.
+#
+# MongoDB stores documents, which are like dictionaries, in collections:
+#   users             _id: the normalized login; login: as signed up; password: its hash
+#   messages          _id: 1, 2, 3, ...; user, key, text, time; process_id
+#   presence          _id: a process; users: who is connected to it; expires_at; process_id
+#   revoked_sessions  _id: a session that was logged out; expires_at; process_id
+#   failed_logins     attempt: a login and an IP address; expires_at
+# process_id is the process that wrote the document: it need not hear of that.
+
+# When one of these collections changes, every other process reads the change.
+SHARED_STATE = ["messages", "presence", "revoked_sessions"]
 
 
-async def database(app):
-    """Connect to MongoDB, keep the room's tasks running, and stop all that in the end."""
-    local = None if MONGODB_URI else start_local_database()
-    uri, limit = MONGODB_URI or local.uri, DATABASE_SECONDS * 1000
-    # "Acknowledged" shall mean: by most servers of the replica set, in the
-    # journals on their disks. And what we read shall be acknowledged, too. Only
-    # a replica set (setName), or a cluster of them (msg), can do that, and tell
-    # what has changed.
-    client = AsyncIOMotorClient(uri, timeoutMS=limit, tz_aware=True, w="majority", journal=True)
-    shared = {"setName", "msg"} & (await client.admin.command("hello")).keys()
-    if not shared:
-        print("This MongoDB has no change streams: run a single process only.")
-    level = ReadConcern("majority" if shared else "local")
-    db = client.get_default_database("chat", read_concern=level)
-    # Unique: a message that is sent again is refused. "Expire": MongoDB itself
-    # deletes documents when their time is up. An index that exists already is
-    # left alone.
-    await db.messages.create_index(["user", "key"], unique=True)
-    for collection in (db.online, db.ended):
-        await collection.create_index("until", expireAfterSeconds=0)
-    app[ROOM] = room = Room(db)
-    room.last = max(await last_number(db) - RECENT_MAX, 0)
-    await room.look()
-    # Three things go on all the time, beside the handlers. Each one is a task:
-    # a coroutine that the event loop runs by itself, not because somebody
-    # awaits it.
-    steps = [room.write, room.follow] + ([room.listen] if shared else [])
-    tasks = [asyncio.create_task(forever(step)) for step in steps]
+async def database(app: web.Application) -> AsyncIterator[None]:
+    """Connect to MongoDB and start the tasks that use it; stop everything at the end."""
+    uri = MONGODB_URI or start_local_database()
+    hint = "cannot use MONGODB_URI: check it, and that the database is running"
+    with explain(hint, PyMongoError, OSError, ValueError), pymongo.timeout(START_TIMEOUT):
+        db, is_replica_set = await connect(uri)
+        newest = await db.messages.find_one(sort=[("_id", pymongo.DESCENDING)])
+    room = app[ROOM] = Room(db)
+    writer = app[WRITER] = Writer(room)
+    reconciler = Reconciler(room, writer)
+    # Fill the room's cache with the newest page. Nobody is connected yet.
+    if newest is not None:
+        room.publish(await read_messages(db, newest["_id"] - PAGE_SIZE + 1, newest["_id"]))
+    # These run all the time, together with the handlers. Each is a task: a
+    # coroutine that the event loop runs although nobody awaits it.
+    steps = [reconciler.sync_messages, reconciler.sync_presence, reconciler.sync_sessions]
+    if is_replica_set:
+        steps.append(reconciler.watch_changes)
+    else:
+        print("Warning: this MongoDB server has no change streams, so run only one process.")
+    tasks = [asyncio.create_task(keep_running(room, step)) for step in steps]
     yield
-    # From here on, the server is about to end: all handlers have returned.
+    # All handlers have returned. A task that is cancelled may need a moment.
     for task in tasks:
         task.cancel()
-    with suppress(PyMongoError, TimeoutError):  # tell the others that nobody is here any more
-        await asyncio.wait_for(room.look_who_is_online(), CLOSE_SECONDS)
-    client.close()
-    if local:
-        local.stop()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    # Without a time limit, the driver waits 30 s for a database that is lost.
+    with suppress(PyMongoError), pymongo.timeout(CLOSE_TIMEOUT):
+        await db.presence.delete_one({"_id": room.process_id})
+    with pymongo.timeout(CLOSE_TIMEOUT):
+        db.client.close()
 
 
-def start_local_database():
-    """Start SecantusDB, which speaks MongoDB's protocol, as a part of this process."""
-    from secantus.server import SecantusDBServer  # on Heroku there is none
-
-    DATA.mkdir(exist_ok=True)
-    # A lock of our own, because the database's prints lines of its own. The
-    # file stays open, so the lock lasts until this process ends, however it
-    # ends.
-    fcntl.flock(os.open(DATA, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # Without it (and without `journal` above), `kill -9` loses what was
-    # acknowledged last.
-    local = SecantusDBServer(storage_path=str(DATA / "db"), sync_on_commit=True)
-    local.start()
-    print(f"The local database: {local.uri}")
-    return local
-
-
-# Every query is given DATABASE_SECONDS, then it raises TimeoutError. The driver
-# has the same limit, but it waits in threads, and has few of them: when all
-# wait for a silent database, the next query would wait for a thread first.
-in_time = partial(asyncio.wait_for, timeout=DATABASE_SECONDS)
+def start_local_database() -> str:
+    """Start SecantusDB, which speaks MongoDB's protocol, in this process. Return its URI."""
+    hint = "install requirements-dev.txt with Python 3.11 to 3.13, or set MONGODB_URI"
+    with explain(f"the local database is missing: {hint}", ModuleNotFoundError):
+        from secantus.server import SecantusDBServer
+    # Only one process may use the folder. We check that ourselves, because the
+    # database's own error is hard to read. The operating system releases the
+    # lock when the process ends, in whatever way.
+    folder = os.open(data_folder(), os.O_RDONLY)
+    with explain("another chat uses data/: stop it, or set MONGODB_URI", BlockingIOError):
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # Without sync_on_commit, `kill -9` could lose messages that were acknowledged.
+    server = SecantusDBServer(storage_path=str(DATA / "db"), sync_on_commit=True)
+    server.start()
+    atexit.register(server.stop)
+    print(f"The local database: {server.uri}")
+    return str(server.uri)
 
 
-async def read_messages(db, first, last):
-    """The events of the messages with the numbers from `first` to `last`, in order.
+def data_folder() -> Path:
+    """The folder ``data/``, which only its owner can read."""
+    with explain("make data/ writable, or set SECRET_KEY and MONGODB_URI", OSError):
+        DATA.mkdir(exist_ok=True)
+        DATA.chmod(0o700)
+    return DATA
 
-    The one query for messages: for pages, for catching up, for what other
-    processes stored. To ask for each number by name costs the same in a history
-    of any length. Sorting, or a range, may cost a look at all of it.
+
+async def connect(uri: str) -> tuple[Database, bool]:
+    """Open the database of a connection string; also say whether it is a replica set's."""
+    # These arguments take priority over the options in the connection string.
+    client: AsyncIOMotorClient[dict[str, Any]] = AsyncIOMotorClient(
+        uri,
+        # A write is acknowledged when a majority of the servers of the replica
+        # set have it in the journals on their disks (write concern).
+        w="majority",
+        journal=True,
+        # Read from the server that has the newest data (read preference).
+        readPreference="primary",
+        # Send a write again if its answer is lost. It is carried out once.
+        retryWrites=True,
+        timeoutMS=DATABASE_TIMEOUT * 1000,
+        tz_aware=True,  # times with a time zone, which is UTC
+    )
+    if "." in urlsplit(uri).path:  # PyMongo would take what follows for a collection
+        raise ValueError("not the name of a database")
+    name = client.get_default_database("chat").name
+    if name == "admin":  # many providers' strings name it, but it has no change streams
+        name = "chat"
+    hello = await client[name].command("hello")  # "What kind of server are you?"
+    # A replica set tells its name. In front of a cluster of several replica sets
+    # there is a server called mongos, which says "msg" instead.
+    is_replica_set = "setName" in hello or "msg" in hello
+    # Read only what a majority has stored (read concern). A single server cannot.
+    level = "majority" if is_replica_set else "local"
+    db = client.get_database(name, read_concern=ReadConcern(level))
+    # The same user cannot store two messages under the same key.
+    await db.messages.create_index(["user", "key"], unique=True)
+    await db.failed_logins.create_index("attempt")
+    # MongoDB deletes these documents when they have expired (TTL).
+    for collection in (db.presence, db.revoked_sessions, db.failed_logins):
+        await collection.create_index("expires_at", expireAfterSeconds=0)
+    return db, is_replica_set
+
+
+async def read_messages(db: Database, first: int, last: int) -> list[Event]:
+    """The events of the stored messages with the numbers `first` to `last`, in order.
+
+    This one query serves the history, clients that catch up, and news of other processes. On
+    MongoDB, a range ($gte and $lte) would cost the same. We list the numbers because the local
+    database would read its whole collection for a range.
     """
-    numbers = {"_id": {"$in": list(range(first, last + 1))}}
-    found = await in_time(db.messages.find(numbers).sort("_id").to_list())
-    # Only up to the first gap: what is just being inserted may become visible
-    # in any order.
-    return [event(each) for number, each in enumerate(found, first) if each["_id"] == number]
+    numbers = list(range(max(first, 1), last + 1))
+    async with asyncio.timeout(DATABASE_TIMEOUT):
+        documents = await db.messages.find({"_id": {"$in": numbers}}).sort("_id").to_list()
+    return [to_event(document) for document in documents]
 
 
-async def last_number(db):
-    """The number of the newest message, or 0.
-
-    As the numbers have no gaps, we can find it digit by digit (in base 64), the
-    highest first, with one small query for each digit.
-    """
-    last, step = 0, 64**7
-    while step:
-        guesses = {"_id": {"$in": [last + step * digit for digit in range(1, 64)]}}
-        found = await in_time(db.messages.find(guesses).to_list())
-        last, step = max([last, *(each["_id"] for each in found)]), step // 64
-    return last
-
-
-def event(document):
-    """A stored message as the clients see it; `time` is ISO 8601, to the millisecond."""
+def to_event(document: dict[str, Any]) -> Event:
+    """A stored message as clients see it. The time is ISO 8601, in UTC."""
     fields = {name: document[name] for name in ("key", "user", "text")}
     moment = document["time"].isoformat(timespec="milliseconds")
     return {"type": "message", "id": document["_id"], **fields, "time": moment}
 
 
-async def forever(step):
-    """Repeat a step for ever. An exception in a task would end it, and nobody would notice."""
-    while True:
-        try:
-            await step()
-        except Exception as error:  # noqa: BLE001 - any: that is the point
-            logging.getLogger("chat").warning("%s goes on after %r", step.__name__, error)
-            await asyncio.sleep(0.5)
-
-
-async def say_goodbye(app):
-    """Store what was received, then close all WebSockets, all at once (1001)."""
-    # What comes from now on is refused: else those who send without pause would
-    # keep us for ever.
-    app[ROOM].closing = True
-    await asyncio.sleep(CLOSE_SECONDS / 2)  # for what has come, but was not looked at
-    with suppress(TimeoutError):
-        await asyncio.wait_for(app[ROOM].inbox.join(), 2 * DATABASE_SECONDS)
-    await asyncio.gather(*(each.close(WSCloseCode.GOING_AWAY) for each in app[ROOM].connections))
-
-
 class Room:
-    """Who is here, what was said last, and the way of every message.
+    """The connections of this process, and what was published to them.
 
-    All processes on one database make one chat. Each keeps a picture of what is
-    stored there: messages, who is online, which sessions have ended. Whatever
-    may have changed it rings the bell, and look() takes the picture anew. So a
-    ring too many does no harm, and one that got lost is made up for by the
-    next.
+    All processes on one database are one chat. Each has a room of its own, which remembers
+    what its clients have been shown: the newest messages, and who is online. The handlers, the
+    Writer and the Reconciler call its methods; nobody else changes what it owns.
     """
 
-    def __init__(self, db):
-        # Each document says which process wrote it: so none listens to itself.
-        self.db, self.process = db, token_hex(4)
-        # The inbox has (connection, the client's key or None, what to store).
-        self.connections, self.inbox = set(), asyncio.Queue(INBOX_MAX)
-        self.last = 0  # the number of the last message that was shown
-        self.recent = []  # the newest events, up to `last`
-        self.online, self.elsewhere = set(), set()  # logins: all; those of other processes
-        self.bell, self.closing = asyncio.Event(), False
-        self.told = [], datetime.now(UTC)  # what we last wrote to `online`; when to write it again
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self.process_id = token_hex(8)
+        self.connections: set[Connection] = set()
+        self.latest_id = 0  # the number of the newest message that was published
+        self.recent: deque[Event] = deque(maxlen=PAGE_SIZE)  # the newest ones, up to latest_id
+        self.online: set[str] = set()  # the users whom the clients have been told of
+        self.has_peers = False  # users are connected to other processes, too
+        # Set when a collection has changed, or may have: the Reconciler reads it again.
+        self.changed = {name: asyncio.Event() for name in SHARED_STATE}
 
-    async def join(self, connection, after, writer):
-        """Say who is online, then every message `after` that number, then go live."""
-        # The others first: newcomers get no "joined" of their own.
-        if connection.user not in self.online:
-            self.online.add(connection.user)
-            await self.show([{"type": "joined", "user": connection.user}])
+    def wake(self, *collections: str) -> None:
+        """Have the Reconciler read these collections again."""
+        for name in collections:
+            self.changed[name].set()
+
+    def enter(self, connection: Connection) -> None:
+        """Add a connection, tell it who is online, and tell the others if a user has joined."""
+        self.show_online(self.online | {connection.user})
         self.connections.add(connection)
-        self.bell.set()
-        await connection.send(encode([{"type": "online", "users": sorted(self.online)}]))
-        if after > self.last:  # it was told by another process what we have not heard yet
-            await self.read_on()
-        while after < self.last - len(self.recent):
-            await connection.send(encode(await read_messages(self.db, after + 1, after + PAGE)))
-            # Here we do wait for the client, as nobody else has to; but not for
-            # ever.
-            await asyncio.wait_for(writer.drain(), HEARTBEAT)
-            after += PAGE
-        # From here on nothing waits, so no new message can fall between the
-        # two.
-        if missed := [each for each in self.recent if each["id"] > after]:
-            await connection.send(encode(missed))
+        connection.send([{"type": "online", "users": sorted(self.online)}])
+        # The session may have been revoked since authorize() looked.
+        self.wake("presence", "revoked_sessions")
+
+    def leave(self, connection: Connection) -> None:
+        """Remove a connection. The Reconciler finds out whether its user has left."""
+        self.connections.discard(connection)
+        self.wake("presence")
+
+    async def send_missed(self, connection: Connection, after_id: int) -> None:
+        """Send a client every message after number `after_id`; from then on, it is live.
+
+        Raise PyMongoError, TimeoutError or ConnectionError if that fails half-way.
+        """
+        if after_id > self.latest_id:
+            await self.catch_up()  # another process has shown the client more than we know
+        # Older messages than the recent ones come from the database. We wait for
+        # this client after each page. That delays nobody else.
+        while self.recent and after_id + 1 < self.recent[0]["id"]:
+            page = await read_messages(self.db, after_id + 1, after_id + PAGE_SIZE)
+            if not page:  # after a failover, the new primary may need a moment
+                raise ConnectionError("The database does not have these messages yet.")
+            connection.send(page)
+            await connection.flush()
+            # For the same reason, a page may end early. So go on from what came.
+            after_id = page[-1]["id"]
+        # No `await` from here on, so no new message can come between the last
+        # page and the first live one.
+        missed = [event for event in self.recent if event["id"] > after_id]
+        if missed:
+            connection.send(missed)
         connection.live = True
 
-    async def show(self, events):
-        """Send events to all: encoded once, in one frame, the same for everybody.
+    def publish(self, events: list[Event]) -> None:
+        """Show stored messages to the clients, unless they were shown before.
 
-        No `await` in here really waits (see Connection.send), so nothing else
-        runs meanwhile, and every client is sent the same frames in the same
-        order.
+        `events` must be in order, and there must be no gap between `latest_id` and the first.
         """
-        frame = encode(events)
-        for connection in list(self.connections):
-            if connection.live or events[0]["type"] != "message":  # else older ones come first
-                await connection.send(frame)
+        news = [event for event in events if event["id"] > self.latest_id]
+        if news:
+            self.latest_id = news[-1]["id"]
+            self.recent.extend(news)
+            # A client that is still catching up must get older messages first.
+            live = [connection for connection in self.connections if connection.live]
+            self.broadcast(news, live)
 
-    async def write(self):
-        """Store all that waits in the inbox, with one insert (group commit).
+    def broadcast(self, events: list[Event], connections: Iterable[Connection]) -> None:
+        """Send events to many clients: encoded once, and in one frame.
 
-        Meanwhile the next batch gathers. So the load itself makes the batches:
-        few messages are stored at once, many together, and nobody waits for a
-        timer.
+        It has no `await`, so nothing else runs meanwhile: all clients get the same frames in
+        the same order.
         """
-        batch = [await self.inbox.get()]
-        while not self.inbox.empty():
-            batch.append(self.inbox.get_nowait())
-        rest, start = batch.copy(), asyncio.get_running_loop().time()
-        try:
-            await in_time(self.store(rest))
-        finally:  # whatever happened, each one whose message may not be stored is told so
-            for connection, key, _ in rest:
-                await connection.refuse(key, "This message could not be stored.")
-            if rest:  # it may be stored all the same: look
-                self.bell.set()
-            for _ in batch:
-                self.inbox.task_done()
-        # Who wrote last knows the next number first. So where there are other
-        # processes, we rest as long as we worked: that is their turn.
-        if self.elsewhere:
-            await asyncio.sleep(asyncio.get_running_loop().time() - start)
+        frame = to_frame(WSMsgType.TEXT, to_json(events).encode())
+        for connection in connections:
+            connection.send_frame(frame)  # (5)
 
-    async def store(self, batch):
-        """Store and show the messages of a batch, and take them out of it.
+    async def catch_up(self) -> None:
+        """Publish what was stored after the last message that was published."""
+        while True:
+            page = await read_messages(self.db, self.latest_id + 1, self.latest_id + PAGE_SIZE)
+            self.publish(page)
+            if len(page) < PAGE_SIZE:
+                return  # this was the last one
 
-        The insert itself takes the numbers. Where another process was faster,
-        the unique `_id` refuses ours, and we number the rest anew: the index is
-        the only lock that we need.
+    def show_online(self, users: set[str]) -> None:
+        """Tell all clients who has joined and who has left: from now on, `users` are online."""
+        events = [{"type": "joined", "user": user} for user in sorted(users - self.online)]
+        events += [{"type": "left", "user": user} for user in sorted(self.online - users)]
+        self.online = users
+        if events:
+            self.broadcast(events, self.connections)
+
+
+@dataclass(eq=False)  # a message is equal only to itself, so batch.remove() finds this one
+class Message:
+    """A message that waits to be stored, and what only its sender will be told."""
+
+    document: dict[str, Any]
+    # An error, as long as the message is not known to be stored.
+    reply: Event | None = field(default_factory=lambda: {"type": "error", "text": NOT_STORED})
+
+
+class Writer:
+    """Stores the messages of this process's clients. All that are waiting go into one insert.
+
+    It owns these messages. Each handler calls post() and waits for it, so at most one message
+    of each connection is waiting.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.waiting: list[Message] = []
+        self.next_batch: asyncio.Task[None] | None = None  # the task that will store them
+        self.lock = asyncio.Lock()  # one batch at a time
+        self.pause_until = 0.0  # a time.monotonic(), see write_batch()
+        self.closing = False  # shut_down() sets it: refuse new messages
+        # The last batch failed. Refuse all messages at once, until sync_messages()
+        # has read from the database again. Otherwise each message would wait for
+        # the same error, one after the other (fail fast, a circuit breaker).
+        self.failing = False
+
+    async def post(self, user: str, text: str, key: str | None) -> Event | None:
+        """Wait until a message is stored and shown. Return None, or what to tell its sender.
+
+        That is an error event, or the stored event if this key was stored before.
+        """
+        if self.closing:
+            return {"type": "error", "text": SHUTTING_DOWN}
+        # Without a key of the client's own, it gets a random one: the unique index
+        # needs a key in each message.
+        message = Message({"user": user, "text": text, "key": key or token_hex(16)})
+        self.waiting.append(message)
+        if self.next_batch is None:
+            self.next_batch = asyncio.create_task(self.write_batch())
+        # shield(): if this handler is cancelled, the batch is not.
+        await asyncio.shield(self.next_batch)
+        return message.reply
+
+    async def write_batch(self) -> None:
+        """Take all messages that wait, and store them together (group commit).
+
+        While one batch is being stored, the next messages gather. So the batches grow when many
+        people write, a single message is stored right away, and nobody waits for a timer.
+        """
+        async with self.lock:
+            await asyncio.sleep(self.pause_until - time.monotonic())
+            batch = self.waiting
+            self.waiting = []
+            self.next_batch = None  # from here on, post() starts a new one
+            if self.failing:
+                return  # with the reply that each message had from the beginning
+            start = time.monotonic()
+            try:
+                async with asyncio.timeout(DATABASE_TIMEOUT):
+                    await self.store(batch)
+            except (PyMongoError, TimeoutError) as error:
+                log.warning("%d messages are not stored: %s", len(batch), describe(error))
+                self.failing = True
+                self.room.wake("messages")
+                return
+            # We know the next free number before the other processes do, so we would
+            # always be the first to use it. Give them the same time (fairness).
+            if self.room.has_peers:
+                now = time.monotonic()
+                self.pause_until = now + (now - start)
+
+    async def store(self, batch: list[Message]) -> None:
+        """Store and publish a batch. If a number or a key is taken, try again with the rest.
+
+        No number is reserved before. If another process was faster, MongoDB refuses ours,
+        because `_id` is unique. Then we read what is new, and take the next numbers (optimistic
+        concurrency). So this index is the only lock between the processes.
         """
         while batch:
-            refused, stamp = None, {"time": datetime.now(UTC), "process": self.process}
-            # The first number is the one after the last that we know of. (A
-            # comprehension in a dict: `**` puts another one's entries in.)
-            documents = [
-                {"_id": number, **post, **stamp}
-                for number, (_, _, post) in enumerate(batch, self.last + 1)
-            ]
-            try:
-                await self.db.messages.insert_many(documents)
-            except BulkWriteError as error:
-                refused = error.details["writeErrors"][0]  # it stops at the first one
-                # 11000 is "duplicate key". Anything else means that the
-                # database is unwell.
-                if refused["code"] != 11000 or error.details["writeConcernErrors"]:
-                    raise
-                documents = documents[: refused["index"]]
-            # What stood before the refused one is stored. The rest is for the
-            # next round.
-            del batch[: len(documents)]
-            await self.hear([event(each) for each in documents])
-            if refused:  # its number is taken, or its sender has sent this key before
-                await self.read_on()
-                if "key" in refused["keyPattern"]:
-                    sender, _, post = batch[0]
-                    same = {"user": post["user"], "key": post["key"]}
-                    stored = await self.db.messages.find_one(same)
-                    await sender.send(encode([event(stored)]))
-                    del batch[0]  # not before: until then it may still have to be refused
+            now = datetime.now(UTC)
+            for number, message in enumerate(batch, self.room.latest_id + 1):
+                message.document.update(_id=number, time=now, process_id=self.room.process_id)
+            # (3) One insert for all of them.
+            duplicate = await self.insert([message.document for message in batch])
+            stored = batch.copy() if duplicate is None else batch[: duplicate["index"]]
+            # (4) MongoDB has acknowledged these: now they may be seen.
+            self.room.publish([to_event(message.document) for message in stored])
+            for message in stored:
+                message.reply = None
+            del batch[: len(stored)]
+            if duplicate is not None and "key" in duplicate["keyPattern"]:
+                await self.answer_repeated(batch)
+            elif duplicate is not None:
+                newest = self.room.latest_id
+                await self.room.catch_up()
+                if self.room.latest_id == newest:  # a majority does not have them yet
+                    await asyncio.sleep(0.02)
 
-    async def hear(self, events):
-        """Show messages that are stored, if another task has not shown them yet."""
-        if news := [each for each in events if each["id"] > self.last]:
-            self.last = news[-1]["id"]
-            self.recent = (self.recent + news)[-RECENT_MAX:]
-            await self.show(news)
+    async def insert(self, documents: list[dict[str, Any]]) -> Any:
+        """Insert documents in order. Return the error of the first duplicate, or None."""
+        try:
+            await self.room.db.messages.insert_many(documents)
+        except BulkWriteError as error:
+            match error.details:
+                case {"writeErrors": [{"code": 11000} as duplicate], "writeConcernErrors": []}:
+                    return duplicate
+            raise  # anything else: it is not known whether the documents are safe
 
-    async def read_on(self):
-        """Show what is stored after the last message that was shown."""
-        # An empty page is false, and ends the loop.
-        while page := await read_messages(self.db, self.last + 1, self.last + PAGE):
-            await self.hear(page)
+    async def answer_repeated(self, batch: list[Message]) -> None:
+        """Remove the messages whose keys are already stored. Their senders get the stored ones."""
+        queries = [
+            self.room.db.messages.find_one({"user": document["user"], "key": document["key"]})
+            for document in (message.document for message in batch)
+        ]
+        found = await asyncio.gather(*queries, return_exceptions=True)
+        for message, document in zip(batch.copy(), found, strict=True):
+            if isinstance(document, dict):
+                message.reply = to_event(document)
+                batch.remove(message)
+        if isinstance(found[0], BaseException):
+            del batch[0]  # it was refused, but why? Its sender is told to try again
 
-    async def listen(self):
-        """Ring the bell when another process has written something (a change stream).
+
+class Reconciler:
+    """Keeps the room up to date with the shared state in the database.
+
+    It is only told that a collection may have changed, never what is new. It reads that, and
+    shows the difference. So an extra wake-up does no harm, and if one is lost, the next comes
+    after SYNC_INTERVAL. This is called level-triggered reconciliation.
+    """
+
+    def __init__(self, room: Room, writer: Writer) -> None:
+        self.room = room
+        self.writer = writer
+        self.stored_users: list[str] | None = None  # what our presence document says
+
+    async def watch_changes(self) -> None:
+        """Call wake() when another process has changed something (a change stream).
 
         https://www.mongodb.com/docs/manual/changeStreams/
         """
-        # We ring ourselves for what we write. The filter runs in the database.
-        others = {"$match": {"fullDocument.process": {"$ne": self.process}}}
-        async with self.db.watch([others]) as stream:
-            await stream.try_next()  # only this opens it
-            self.bell.set()  # for what happened before
-            async for _ in stream:
-                self.bell.set()
+        # MongoDB filters the changes: our own are no news, and neither are signs
+        # of life, see sync_presence(). It sends us only the collection's name.
+        others = {
+            "fullDocument.process_id": {"$ne": self.room.process_id},
+            "operationType": {"$ne": "update"},
+            "ns.coll": {"$in": SHARED_STATE},
+        }
+        async with self.room.db.watch([{"$match": others}, {"$project": {"ns": 1}}]) as stream:
+            self.room.wake(*SHARED_STATE)  # for all that happened before
+            async for change in stream:
+                self.room.wake(change["ns"]["coll"])
 
-    async def follow(self):
-        """Look when the bell rings, and now and then all the same."""
-        await self.look()
+    async def wait_for_change(self, name: str) -> None:
+        """Wait for a wake-up, but not longer than SYNC_INTERVAL (a resync)."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.bell.wait(), PULSE_SECONDS)
+            async with asyncio.timeout(SYNC_INTERVAL):
+                await self.room.changed[name].wait()
+        # Clear it before we read: a change that comes while we read sets it again.
+        self.room.changed[name].clear()
 
-    async def look(self):
-        """Take the picture anew, and tell the clients what has changed."""
-        self.bell.clear()  # first: a ring while we look is for the next look
-        await self.read_on()
-        await self.look_who_is_online()
-        await self.close_ended_sessions()
+    async def sync_messages(self) -> None:
+        """Publish what other processes have stored."""
+        await self.wait_for_change("messages")
+        await self.room.catch_up()
+        self.writer.failing = False
 
-    async def look_who_is_online(self):
-        """Tell the other processes who is here, and our clients who is elsewhere."""
-        now, users = datetime.now(UTC), sorted({each.user for each in self.connections})
-        # Only if that is news, or the last sign of life is too old: each write
-        # rings the bell of all other processes, and theirs ring ours.
-        if users != self.told[0] or now > self.told[1]:
-            until = now + timedelta(seconds=ONLINE_SECONDS)
-            mine = {"users": users, "until": until, "process": self.process}
-            await in_time(self.db.online.replace_one({"_id": self.process}, mine, upsert=True))
-            self.told = users, now + timedelta(seconds=PULSE_SECONDS)
-        # A process that was killed cannot say so: its time runs out.
-        others = self.db.online.find({"_id": {"$ne": self.process}, "until": {"$gt": now}})
-        found = await in_time(others.to_list())
-        self.elsewhere = {user for each in found for user in each["users"]}
-        before, self.online = self.online, self.elsewhere | {each.user for each in self.connections}
-        for user in self.online ^ before:  # those who are in one of the two sets only
-            await self.show([{"type": "joined" if user in self.online else "left", "user": user}])
-
-    async def close_ended_sessions(self):
-        """Close (1008) the WebSockets of sessions that were logged out, or are too old."""
+    async def sync_presence(self) -> None:
+        """Write down who is here, read who is elsewhere, and announce the difference."""
+        await self.wait_for_change("presence")
+        presence = self.room.db.presence
+        own_id = self.room.process_id
         now = datetime.now(UTC)
-        # The cookie of a session that ended just now would be void in seven
-        # days. An hour is much longer than any process can have missed a ring.
-        lately = {"until": {"$gt": now + SESSION - timedelta(hours=1)}}
-        ended = {each["_id"] for each in await in_time(self.db.ended.find(lately).to_list())}
-        gone = {c for c in self.connections if c.session["id"] in ended or c.until < now}
-        self.connections -= gone  # they hear nothing from now on
-        # We do not wait for them, but they need a name: asyncio itself holds
-        # tasks only weakly.
-        self.farewells = asyncio.gather(
-            *(each.close(WSCloseCode.POLICY_VIOLATION) for each in gone)
-        )
+        users = sorted({connection.user for connection in self.room.connections})
+        own = {"process_id": own_id, "users": users, "expires_at": now + PRESENCE_TTL}
+        if users != self.stored_users:
+            await presence.replace_one({"_id": own_id}, own, upsert=True)
+            self.stored_users = users
+        else:  # only a sign of life: watch_changes() ignores updates
+            await presence.update_one({"_id": own_id}, {"$set": own}, upsert=True)
+        # A process that was killed cannot sign off, but its document expires.
+        others = presence.find({"_id": {"$ne": own_id}, "expires_at": {"$gt": now}})
+        elsewhere = {user async for process in others for user in process["users"]}
+        # Once more: somebody may have come or gone while we waited.
+        here = {connection.user for connection in self.room.connections}
+        self.room.has_peers = len(elsewhere) > 0
+        self.room.show_online(here | elsewhere)
+
+    async def sync_sessions(self) -> None:
+        """Close (code 1008) the WebSockets of sessions that were logged out, or have expired."""
+        await self.wait_for_change("revoked_sessions")
+        ids = [connection.session["id"] for connection in self.room.connections]
+        found = self.room.db.revoked_sessions.find({"_id": {"$in": ids}})
+        revoked = {session["_id"] async for session in found}
+        oldest = time.time() - SESSION_LIFETIME.total_seconds()
+        for connection in list(self.room.connections):
+            session = connection.session
+            if session["id"] in revoked or session.created < oldest:
+                self.room.connections.discard(connection)  # it gets nothing new
+                connection.end(WSCloseCode.POLICY_VIOLATION)
+
+
+async def keep_running(room: Room, step: Callable[[], Awaitable[None]]) -> None:
+    """Repeat a step. Without this, an exception would end its task, and nobody would notice."""
+    while True:
+        try:
+            await step()
+        except Exception as error:
+            is_bug = not isinstance(error, (PyMongoError, TimeoutError))
+            log.warning("%s will be retried: %s", step.__name__, describe(error), exc_info=is_bug)
+            await asyncio.sleep(RETRY_DELAY)
+            # wait_for_change() has cleared its event, but nothing was read.
+            room.wake(*SHARED_STATE)
+
+
+def describe(error: Exception) -> str:
+    """An error's type and code. Not its text: the driver puts messages of users into it."""
+    return f"{type(error).__name__} {getattr(error, 'code', '')}".strip()
 
 
 # ---------------------------------------------------------------------------
@@ -788,16 +1016,15 @@ class Room:
 # ---------------------------------------------------------------------------
 
 
-def set_up_templates(app):
-    """Have Jinja2 render the pages: https://aiohttp-jinja2.readthedocs.io
+def set_up_templates(app: web.Application) -> None:
+    """Render pages with Jinja2: https://aiohttp-jinja2.readthedocs.io
 
-    It escapes whatever a template prints: what people write never becomes HTML.
+    It escapes whatever a template prints, so what users write never becomes HTML.
     """
     loader = jinja2.FileSystemLoader(HERE / "templates")
     environment = aiohttp_jinja2.setup(app, loader=loader, trim_blocks=True)
-    # It brings `url`, which makes a route's address from its name, and a
-    # `static` that knows nothing of versions; ours does.
-    environment.globals.update(static=static_url, TEXT_MAX=TEXT_MAX, PAGE=PAGE)
+    # The templates can also use url(), which makes URLs from the routes' names.
+    environment.globals.update(TEXT_MAX=TEXT_MAX, PAGE_SIZE=PAGE_SIZE)
 
 
 # ---------------------------------------------------------------------------
@@ -805,119 +1032,204 @@ def set_up_templates(app):
 # ---------------------------------------------------------------------------
 
 
-def sessions():
-    """The middleware of aiohttp-session. The cookie holds the session, encrypted and signed."""
-    # A browser takes a __Host- cookie over HTTPS and from this very host only.
-    # A Lax one does not come along when another site's page sends us something.
-    name, seconds = "__Host-chat" if HTTPS else "chat", int(SESSION.total_seconds())
+def create_session_middleware() -> Middleware:
+    """aiohttp-session's middleware. The cookie is the session, encrypted and signed."""
+    # A browser accepts a __Host- cookie only over HTTPS, from this very host. It
+    # does not send a Lax one with a form that a page of another site posts.
+    name = "__Host-chat" if HTTPS else "chat"
+    seconds = int(SESSION_LIFETIME.total_seconds())
     storage = EncryptedCookieStorage(
         secret_key(), cookie_name=name, max_age=seconds, secure=HTTPS, samesite="Lax"
     )
     return session_middleware(storage)
 
 
-def secret_key():
-    """The 32 bytes that encrypt, made from SECRET_KEY or from a random key kept in data/."""
-    key, path = ENV.get("SECRET_KEY"), DATA / "secret-key"
-    if not key:
-        DATA.mkdir(exist_ok=True)
-        # "x": only if it is not there yet. The file is its owner's alone from
-        # the beginning; a chmod would leave a moment in which everybody on this
-        # machine could read it.
-        private = partial(os.open, mode=0o600)
-        with suppress(FileExistsError), open(path, "x", opener=private) as file:
+def secret_key() -> bytes:
+    """The key for the cookies, 32 bytes: a hash of SECRET_KEY, or of a random key in ``data/``."""
+    key = SECRET_KEY
+    if key is None:
+        path = data_folder() / "secret-key"
+        # Anyone who has this key can log in as anybody. main() has set a umask, so
+        # only the owner can ever read it. "x" fails if the file exists.
+        with suppress(FileExistsError), open(path, "x") as file:
             file.write(token_hex(32))
         key = path.read_text()
     if len(key) < 16:
-        sys.exit(f"chat.py: SECRET_KEY (or {path}) is too short: use 16 characters or more")
+        raise StartupError("SECRET_KEY is too short: use 16 characters or more")
     return hashlib.sha256(os.fsencode(key)).digest()
 
 
-async def log_in(request, login):
-    """Begin a new session, and go to the chat: 303, because what was posted is done."""
-    # A new one: if somebody had slipped an old one in, it would be that one's
-    # session, too.
+async def show_form(request: web.Request) -> web.StreamResponse:
+    """``GET /login`` and ``/signup``: the empty form, or a redirect for a user."""
+    if request["session"] is not None:
+        raise redirect_to(request, "chat")
+    return render_form(request, 200)
+
+
+def render_form(request: web.Request, status: int, **context: Any) -> web.Response:
+    """login.html or signup.html with these values. It never contains the password."""
+    template = f"{request.match_info.route.name}.html"
+    return aiohttp_jinja2.render_template(template, request, context, status=status)
+
+
+async def read_form(request: web.Request) -> tuple[str, str]:
+    """The login and the password that were posted, or 400."""
+    # An unknown charset, a truncated body, a file in place of a text: these are
+    # the sender's mistakes (400), not ours (500).
+    with suppress(LookupError, RuntimeError, TypeError, ValueError):
+        form: Mapping[str, Any] = await request.post()
+        login = form.get("login", "")
+        password = form.get("password", "")
+        if is_valid_text(login) and is_valid_text(password):
+            # No login is longer, and normalizing a very long one takes seconds.
+            return login[:100], password
+    raise web.HTTPBadRequest(text="The form data could not be read.")
+
+
+async def log_in(request: web.Request) -> web.StreamResponse:
+    """``POST /login``: check the password, and start a session."""
+    login, password = await read_form(request)
+    db = request["db"]
+    user_id = normalize_login(login)
+    address = last_forwarded(request, "X-Forwarded-For") if HTTPS else request.remote
+    attempt = f"{user_id} {address}"
+    # In one's turn: otherwise, a hundred guesses that are sent at once would all
+    # find the same number of failed logins.
+    async with hash_turn(request.app):
+        seconds = await retry_after(db, attempt)
+        if seconds > 0:
+            page = render_form(request, 429, login=login, error="throttled", seconds=seconds)
+            page.headers["Retry-After"] = str(seconds)
+            return page
+        user = await db.users.find_one({"_id": user_id})
+        # Check an unknown login, too, against a hash that nothing matches. A
+        # faster answer would tell which logins exist (a timing attack).
+        password_hash = DUMMY_HASH if user is None else user["password"]
+        verify = Argon2id.verify_phc_encoded
+        try:
+            await asyncio.to_thread(verify, password.encode(), password_hash)
+        except InvalidKey:
+            expires_at = datetime.now(UTC) + FAILED_LOGINS_WINDOW
+            await db.failed_logins.insert_one({"attempt": attempt, "expires_at": expires_at})
+            return render_form(request, 401, login=login, error="wrong")
+    return await start_session(request, user["login"])
+
+
+async def sign_up(request: web.Request) -> web.StreamResponse:
+    """``POST /signup``: store a user, and start a session."""
+    login, password = await read_form(request)
+    # \w: letters, digits and underscores of any script. NFKC makes one letter
+    # of an "e" and the accent that follows it.
+    if not re.fullmatch(r"\w{3,20}", normalize("NFKC", login)):
+        return render_form(request, 400, login=login, error="login")
+    if not 8 <= len(password) <= 200:
+        return render_form(request, 400, login=login, error="password")
+    async with hash_turn(request.app):
+        password_hash = await asyncio.to_thread(hash_password, password)
+    user = {"_id": normalize_login(login), "login": login, "password": password_hash}
+    # Checking first would be a race: somebody may take the login before our
+    # insert. The unique `_id` decides.
+    try:
+        await request["db"].users.insert_one(user)
+    except DuplicateKeyError:
+        return render_form(request, 409, login=login, error="taken")
+    return await start_session(request, login)
+
+
+def redirect_to(request: web.Request, name: str) -> web.HTTPSeeOther:
+    """A redirect (303) to a route, to be raised."""
+    return web.HTTPSeeOther(request.app.router[name].url_for())
+
+
+async def start_session(request: web.Request, login: str) -> NoReturn:
+    """Start a session, and go to the chat: a redirect, so that a reload posts nothing again."""
+    # Always a new session. If an attacker had planted one in the browser, that
+    # one would now be logged in (session fixation).
     session = await new_session(request)
-    session.update(id=token_hex(16), user=login)  # aiohttp_session makes a cookie of that
-    raise web.HTTPSeeOther("/")
+    session.update({"id": token_hex(16), "user": login})
+    raise redirect_to(request, "chat")
 
 
-async def logout(request):
+async def log_out(request: web.Request) -> NoReturn:
     """End the session on all processes, and go to the login."""
-    await request.read()  # nothing of interest; but too much of it is a 413
+    await request.read()  # the body has nothing of interest, but may be too large (413)
+    room = request.app[ROOM]
     session = request["session"]
-    note = {"until": datetime.now(UTC) + SESSION, "process": request.app[ROOM].process}
-    ended = request["db"].ended.update_one({"_id": session["id"]}, {"$set": note}, upsert=True)
-    await in_time(ended)
-    request.app[ROOM].bell.set()
+    expires_at = datetime.now(UTC) + SESSION_LIFETIME
+    revoked = {"_id": session["id"], "process_id": room.process_id, "expires_at": expires_at}
+    with suppress(DuplicateKeyError):  # another tab has logged out, too
+        await request["db"].revoked_sessions.insert_one(revoked)
+    room.wake("revoked_sessions")
     session.invalidate()
-    raise web.HTTPSeeOther("/login")
+    raise redirect_to(request, "login")
 
 
-def folded(login):
-    """The form in which logins are compared: "STRASSE" is "Straße", "ａｎｎａ" is "Anna".
+def normalize_login(login: str) -> str:
+    """The form in which logins are compared: so "STRASSE" and "Straße" are the same login.
 
-    Who looks alike to people should not be two:
-    https://www.unicode.org/reports/tr15/
+    NFKC replaces compatibility forms: https://www.unicode.org/reports/tr15/
     """
     return normalize("NFKC", normalize("NFKC", login).casefold())
 
 
-def hash_password(password):
-    """A PHC string (method, settings, salt, hash): Argon2id, 19 MiB, 2 passes, 1 lane.
+def hash_password(password: str) -> str:
+    """A PHC string (method, parameters, salt, hash): Argon2id, 19 MiB, 2 passes, 1 lane.
 
     https://cheatsheetseries.owasp.org/cheatsheets/Password_Storage_Cheat_Sheet.html
     """
-    argon2 = Argon2id(salt=os.urandom(16), length=32, iterations=2, lanes=1, memory_cost=19456)
+    argon2 = Argon2id(salt=os.urandom(16), length=32, iterations=2, lanes=1, memory_cost=19_456)
     return argon2.derive_phc_encoded(password.encode())
 
 
-# Hashing is slow on purpose, and uses memory on purpose. So it runs in a
-# thread, where the event loop does not wait for it, and one at a time: that
-# leaves the other cores to the chat, and a hundred guesses that are sent at
-# once are counted one by one.
-HASHING = asyncio.Lock()
-NOBODYS_HASH = hash_password(token_hex(16))
-WRONG = []  # (when, who): the wrong passwords; `who` is a folded login and an address
+# A hash that no password matches. To check it takes as long as to check a real one.
+DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 
 
-def seconds_to_wait(who):
-    """How long `who` may not try to log in; 0 if it may. Forgets what is too old to count."""
-    # One list for all: it cannot grow for ever, since each entry costs its
-    # maker the time of a hash, and is gone after five minutes.
-    start = datetime.now(UTC) - WRONG_TIME
-    WRONG[:] = [each for each in WRONG if each[0] > start]
-    times = [when for when, each in WRONG if each == who]
-    return int((times[0] - start).total_seconds()) + 1 if len(times) >= WRONG_MAX else 0
+@asynccontextmanager
+async def hash_turn(app: web.Application) -> AsyncIterator[None]:
+    """Wait for one's turn to have a password hashed. If too many wait already, answer 503.
+
+    Hashing is slow and takes much memory, on purpose. So it is done in a thread, beside the
+    event loop, and one at a time (the lock). The slots limit how many people wait for it.
+    """
+    if app[HASH_SLOTS].locked():
+        text = "Too many people are logging in. Please try again in a moment."
+        raise web.HTTPServiceUnavailable(text=text, headers={"Retry-After": "2"})
+    async with app[HASH_SLOTS], app[HASH_LOCK]:
+        yield
+
+
+async def retry_after(db: Database, attempt: str) -> int:
+    """Seconds until this login may be tried again from this IP address; usually 0.
+
+    The failed logins are stored, so that all processes count together (rate limiting).
+    """
+    now = datetime.now(UTC)
+    recent = db.failed_logins.find({"attempt": attempt, "expires_at": {"$gt": now}})
+    failures = await recent.sort("expires_at").to_list()
+    if len(failures) < FAILED_LOGINS_MAX:
+        return 0
+    # When this entry expires, fewer than FAILED_LOGINS_MAX are left.
+    oldest = failures[-FAILED_LOGINS_MAX]
+    return int((oldest["expires_at"] - now).total_seconds()) + 1
 
 
 # ---------------------------------------------------------------------------
 # 9. Static
 # ---------------------------------------------------------------------------
-# The best request is the one that nobody has to make: a browser keeps the CSS
-# and the JavaScript for a year. When a file changes, so does its address.
+# Browsers keep the CSS and the JavaScript for a year. When the content of a
+# file changes, so does its URL (cache busting).
 
 
-def version(name):
-    """A hash of a static file's content. It is read each time, so it is never out of date."""
-    return hashlib.sha256((HERE / "static" / name).read_bytes()).hexdigest()[:12]
-
-
-def static_url(name):
-    """The address of a static file, for the templates: ``/static/chat.css?v=...``."""
-    return f"/static/{name}?v={version(name)}"
-
-
-def caching(request):
+def cache_control(request: web.Request) -> str:
     """What a browser may keep: https://developer.mozilla.org/docs/Web/HTTP/Guides/Caching"""
     if request.match_info.route.name != "static":
         return "no-store"  # after a log-out, "back" shows nothing
-    # It must be our version: during a deploy, an old process may be asked for
-    # the new one, and the browser would keep the old file under the new address
-    # for a year. And it must be one of our files: anybody may ask for
-    # "/static//dev/zero", which has no end.
+    # Only if the URL has the hash of the file that we have. During a deploy, an
+    # old process may be asked for the new version of a file. Its answer is the
+    # old one, and must not be kept for a year.
     name = request.match_info["filename"]
-    if name in os.listdir(HERE / "static") and request.query.get("v") == version(name):
+    if request.rel_url == request.app.router["static"].url_for(filename=name):
         return "max-age=31536000, immutable"
     return "no-cache"  # keep it, but ask each time whether it has changed
 
@@ -927,34 +1239,52 @@ def caching(request):
 # ---------------------------------------------------------------------------
 
 
-def main():
-    """Run until SIGTERM or Ctrl-C (status 0); or say in one line why not (status 1)."""
-    # Each line at once, also where the output is a log and no terminal. And
-    # none of the driver's warnings: they may quote parts of a mistyped
-    # password.
-    sys.stdout.reconfigure(line_buffering=True)
-    warnings.simplefilter("ignore", UserWarning)
+def main() -> None:
+    """Run until SIGTERM or Ctrl-C (exit status 0), or say in one line why not (status 1)."""
+    os.umask(0o077)  # only the owner can read the files that we create
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    # PyMongo's warnings quote unknown options, which may be part of a password.
+    warnings.filterwarnings("ignore", module="pymongo")
+    # Print each line at once, also where the output is a log and no terminal.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
-        family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
-        listening = socket.create_server((HOST, int(PORT)), family=family)
-    except (OSError, OverflowError, ValueError) as error:
-        sys.exit(f"chat.py: {error}: check HOST and PORT")
-    try:
-        # Heroku's router keeps connections for 90 s. If we closed them sooner,
-        # it would sometimes send a request into a closing one.
-        web.run_app(create_app(), sock=listening, keepalive_timeout=95, shutdown_timeout=1)
-        os._exit(0)  # while the database is silent, the driver's threads would not let us go
-    except ImportError:
-        fault = "no local database here: it needs requirements-dev.txt and Python 3.11 to 3.13;"
-        fault += " or set MONGODB_URI"
-    except BlockingIOError:
-        fault = f"another chat is using {DATA}: stop it, or set MONGODB_URI to its database"
-    except (PyMongoError, TimeoutError, ValueError) as error:
-        # Without the error's text, for the same reason.
-        fault = f"MONGODB_URI does not work ({type(error).__name__}): check it and the database"
-    except OSError as error:
-        fault = f"{error}: make {DATA} writable, or set SECRET_KEY and MONGODB_URI"
-    sys.exit(f"chat.py: {fault}")
+        listening = create_socket()
+        app = create_app()
+        # Heroku's router keeps idle connections for 90 s, so we keep them longer.
+        # If we closed one first, the router could just be sending a request.
+        web.run_app(app, sock=listening, keepalive_timeout=95, shutdown_timeout=CLOSE_TIMEOUT)
+    except StartupError as error:
+        sys.exit(f"chat.py: {error}")
+
+
+def create_socket() -> socket.socket:
+    """The socket on which we listen. Raise StartupError if that is not possible."""
+    family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
+    hint = f"cannot listen on {HOST}, port {PORT}: check HOST and PORT"
+    with explain(hint, OSError, OverflowError, ValueError):
+        return socket.create_server((HOST, int(PORT)), family=family)
+
+
+async def shut_down(app: web.Application) -> None:
+    """Graceful shutdown: store or answer what clients have sent, then close (code 1001)."""
+    # First, refuse new messages. Otherwise, a client that sends without pause
+    # could delay the end as long as it likes.
+    app[WRITER].closing = True
+    # A batch whose task has not started yet needs one turn to line up for the
+    # lock. When it is our turn, all batches are done.
+    await asyncio.sleep(0)
+    async with app[WRITER].lock:
+        pass
+    # Clients may have sent more while their last message was being stored. Let
+    # their handlers answer that, too.
+    connections = app[ROOM].connections
+    with suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            while not all(connection.idle for connection in connections):
+                await asyncio.sleep(0.01)
+    for connection in list(connections):
+        connection.end(WSCloseCode.GOING_AWAY)
+    # aiohttp waits for the handlers, see shutdown_timeout in main().
 
 
 if __name__ == "__main__":

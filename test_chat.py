@@ -9,39 +9,58 @@ import ast
 import asyncio
 import contextlib
 import functools
+import http.client
 import importlib.resources
 import json
 import os
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
+import stat
+import statistics
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
+import bson
 import pymongo
 import pytest
 from playwright.async_api import async_playwright, expect
 
 HERE = Path(__file__).resolve().parent
+SETTINGS = {"MONGODB_URI", "SECRET_KEY", "HOST", "PORT", "HTTPS"}
 KEY = "a secret key for tests only"
 PASSWORD = "correct horse battery"
+TEXT = "a text that no log may hold"
+LONGEST = "\x01" * 2000  # the longest message in JSON, where each character takes six bytes
+
+# Seconds. Every wait has a limit, and this one is far longer than any wait should take.
+PATIENCE = 30
 
 
 def asynchronous(test):
-    """Run a test that is a coroutine, in an event loop of its own."""
+    """Run a test that is a coroutine, in an event loop of its own, for 150 seconds at most."""
 
     @functools.wraps(test)
     def run(*args, **kwargs):
-        return asyncio.run(test(*args, **kwargs))
+        async def limited():
+            async with asyncio.timeout(150):
+                await test(*args, **kwargs)
+
+        asyncio.run(limited())
 
     return run
 
@@ -58,29 +77,45 @@ def free_port():
 
 
 class Chat:
-    """A process of the chat. Settings are the environment's; the port is any free one."""
+    """A process of the chat, on any free port. Its log is checked when the `with` block ends.
 
-    def __init__(self, folder=HERE, command=(sys.executable, "chat.py"), **settings):
-        names = {"MONGODB_URI", "SECRET_KEY", "HOST", "PORT", "HTTPS"}
-        env = {name: value for name, value in os.environ.items() if name not in names}
+    The settings become environment variables. `limits` are constants of the module with the
+    source of another value, and `prelude` is source that runs after `import chat`. So a test
+    can lower a limit, or make a mistake on purpose, and still run the real program.
+    """
+
+    def __init__(self, folder=HERE, command=None, limits=None, prelude="", **settings):
+        self.folder = folder
+        self.command = command or [sys.executable, "chat.py"]
+        if limits or prelude:
+            source = ["import chat", "from datetime import timedelta", prelude]
+            for name, value in (limits or {}).items():
+                source += [f"assert hasattr(chat, {name!r})", f"chat.{name} = {value}"]
+            self.command = [sys.executable, "-c", "\n".join([*source, "chat.main()"])]
+        env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
         self.env = env | {"SECRET_KEY": KEY, "PORT": "0"} | settings
-        self.folder, self.command = folder, command
+        self.printed = []  # all lines, of all runs
         self.process = self.url = self.database = None
 
     def __enter__(self):
         return self.start()
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         self.kill()
+        if kind is None:
+            self.check_log()
+        else:
+            print("The chat's log:", self.log(), sep="\n")
 
     async def __aenter__(self):
         return await asyncio.to_thread(self.start)  # a proxy in this event loop goes on
 
-    async def __aexit__(self, *_):
-        self.kill()
+    async def __aexit__(self, *raised):
+        await asyncio.to_thread(self.__exit__, *raised)
 
     def spawn(self):
-        """Start it, without waiting for it to listen."""
+        """Start the process, without waiting for it to listen."""
+        self.started, self.listening = threading.Event(), False
         self.process = subprocess.Popen(
             self.command,
             cwd=self.folder,
@@ -88,26 +123,57 @@ class Chat:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
         )
-        return self.process
+        self.reader = threading.Thread(target=self.read_log, daemon=True)
+        self.reader.start()
+        return self
 
-    def start(self):
-        """Start it, and wait for the line with its address. The next time it keeps its port."""
-        self.printed = []
-        for line in self.spawn().stdout:
+    def read_log(self):
+        """Collect what the process prints, until it ends: a full pipe would block it."""
+        for line in self.process.stdout:
             self.printed.append(line)
             if "mongodb://" in line:
                 self.database = re.search(r"mongodb://\S+", line)[0]
             if found := re.search(r"http://[^ ]*:(\d+)", line):
                 self.url, self.env["PORT"] = f"http://127.0.0.1:{found[1]}", found[1]
-                return self
-        raise AssertionError("the chat did not start: " + "".join(self.printed))
+                self.listening = True
+                self.started.set()
+        self.started.set()
+
+    def start(self):
+        """Start the chat and wait for the line with its address. Later it keeps its port."""
+        self.spawn().started.wait(PATIENCE)
+        if not self.listening:
+            self.kill()
+            raise AssertionError("the chat did not start: " + self.log())
+        return self
+
+    def wait(self, seconds):
+        """Wait so many seconds at most for the process to end: its exit status."""
+        status = self.process.wait(seconds)
+        self.reader.join(PATIENCE)
+        return status
+
+    async def end(self, number, seconds):
+        """Send a signal; the process must end within so many seconds: its exit status."""
+        self.process.send_signal(number)
+        return await asyncio.to_thread(self.wait, seconds)
 
     def kill(self):
         if self.process:
             self.process.kill()
             self.process.wait()
+            self.reader.join(PATIENCE)
             self.process.stdout.close()
+
+    def log(self):
+        return "".join(self.printed)
+
+    def check_log(self):
+        """Nothing that a client or a database does leaves a traceback, or a secret, in the log."""
+        for words in ("Traceback", "never retrieved", "never awaited", TEXT, PASSWORD, KEY):
+            assert words not in self.log(), self.log()
 
 
 class Mongo:
@@ -127,7 +193,7 @@ class Mongo:
         self.process = subprocess.Popen(
             [*command, "--storage-path", self.folder, *self.options], stderr=subprocess.DEVNULL
         )
-        end = time.monotonic() + 20
+        end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
@@ -163,11 +229,32 @@ def mongo(tmp_path_factory):
             yield lambda: server.uri(name())
 
 
+@pytest.fixture(scope="session")
+def replica_set(mongo):
+    """Like `mongo`, for several processes: a standalone MongoDB cannot connect those."""
+    with pymongo.MongoClient(mongo()) as client:
+        if not {"setName", "msg"} & client.admin.command("hello").keys():
+            pytest.skip("this MongoDB is neither a replica set nor a cluster")
+    return mongo
+
+
 @pytest.fixture(scope="module")
 def chat(mongo):
     """One chat for all tests that do not break it."""
     with Chat(MONGODB_URI=mongo()) as it:
         yield it
+
+
+@pytest.fixture(scope="module")
+def three_chats(replica_set):
+    """Three processes on one database, one of them in another time zone."""
+    uri = replica_set()
+    with (
+        Chat(MONGODB_URI=uri) as first,
+        Chat(MONGODB_URI=uri) as second,
+        Chat(MONGODB_URI=uri, TZ="Asia/Tokyo") as third,
+    ):
+        yield first, second, third
 
 
 def copy_house(folder):
@@ -184,66 +271,134 @@ def house(tmp_path):
     return copy_house(tmp_path)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def begun(request, tmp_path_factory):
-    """What takes long and mostly waits is begun at once, beside the other tests."""
-    wanted = {item.originalname for item in request.session.items}
-    folder, results = tmp_path_factory.mktemp, {}
-    with ThreadPoolExecutor(3) as pool:
-        if "test_commands" in wanted:
-            for text in CHAPTERS:
-                results[text] = pool.submit(run_commands, text, folder(text.stem))
-        if "test_requirements_are_enough" in wanted:
-            results["python"] = pool.submit(install_requirements, folder("environment"))
-        yield results
+class Command(NamedTuple):
+    """What the chat asks the database: `insert`, `messages`, and all of it."""
+
+    name: str
+    collection: str
+    document: dict
 
 
 class Proxy:
-    """A TCP proxy between chat and database that can be cut, slow, or deaf."""
+    """A TCP proxy before a real MongoDB. It can be cut, opened again, silent and slow.
 
-    def __init__(self, port):
-        self.target, self.delay, self.deaf, self.writers = port, 0, False, set()
+    It understands MongoDB's wire protocol: `commands` has all that was asked, and a function
+    `answer(command, reply)` may return another reply; or None: the reply is lost, and with it
+    the connection. https://www.mongodb.com/docs/manual/reference/mongodb-wire-protocol/
+    """
+
+    HEADER = struct.Struct("<iiii")  # length, number, the number that it answers, kind
+    REPLY, QUERY, MESSAGE = 1, 2004, 2013
+    CHECKSUM, MORE_TO_COME = 1, 2
+
+    def __init__(self, uri):
+        self.parts, self.port = urlsplit(uri), 0
+        self.delay, self.silent, self.answer = 0, False, None  # seconds for each message
+        self.commands, self.pumps = [], set()
 
     async def __aenter__(self):
-        self.port = free_port()
         await self.open()
+        user, at, _ = self.parts.netloc.rpartition("@")
+        self.uri = self.parts._replace(netloc=f"{user}{at}127.0.0.1:{self.port}").geturl()
         return self
 
     async def __aexit__(self, *_):
         await self.cut()
 
+    def discovered_uri(self):
+        """The same for a driver that asks who the members of the replica set are."""
+        return self.uri.replace("directConnection=true", "directConnection=false")
+
     async def open(self):
-        self.delay, self.deaf = 0, False
         self.server = await asyncio.start_server(self.serve, "127.0.0.1", self.port)
+        self.port = self.server.sockets[0].getsockname()[1]
 
     async def cut(self):
         self.server.close()
-        for writer in list(self.writers):
-            writer.transport.abort()
+        for each in self.pumps:
+            each.cancel()
         await asyncio.sleep(0.05)
 
     async def serve(self, reader, writer):
-        there, here = await asyncio.open_connection("127.0.0.1", self.target)
-        self.writers |= {writer, here}
-        await asyncio.gather(self.pump(reader, here), self.pump(there, writer))
-        self.writers -= {writer, here}
+        try:
+            target = self.parts.hostname, self.parts.port or 27017
+            there, here = await asyncio.open_connection(*target)
+        except OSError:
+            return writer.close()
+        asked = {}  # the commands without an answer, by their numbers
+        pumps = [self.ask(reader, here, asked), self.reply(there, writer, asked)]
+        pumps = {asyncio.create_task(each) for each in pumps}
+        self.pumps |= pumps
+        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        for each in pumps:
+            each.cancel()
+        self.pumps -= pumps
+        for each in (writer, here):
+            each.close()
 
-    async def pump(self, reader, writer):
-        with contextlib.suppress(OSError):
-            while data := await reader.read(65536):
-                await asyncio.sleep(self.delay)
-                if not self.deaf:
-                    writer.write(data)
-        with contextlib.suppress(OSError):
-            writer.close()
+    async def ask(self, reader, writer, asked):
+        with contextlib.suppress(OSError, EOFError):
+            while head := await reader.readexactly(16):
+                length, number, _, kind = self.HEADER.unpack(head)
+                body = await reader.readexactly(length - 16)
+                asked[number] = self.parse(kind, body)
+                self.commands.append(asked[number])
+                await self.wait()
+                writer.write(head + body)
+
+    async def reply(self, reader, writer, asked):
+        with contextlib.suppress(OSError, EOFError):
+            while head := await reader.readexactly(16):
+                length, number, answered, kind = self.HEADER.unpack(head)
+                body = await reader.readexactly(length - 16)
+                command = asked.pop(answered)
+                if kind == self.MESSAGE and body[0] & self.MORE_TO_COME:
+                    asked[number] = command  # what comes next will answer this one
+                start = 20 if kind == self.REPLY else 5  # there the document begins
+                if (reply := self.change(command, bson.decode(body[start:]))) is None:
+                    return
+                body = body[:start] + bson.encode(reply)
+                await self.wait()
+                writer.write(self.HEADER.pack(16 + len(body), number, answered, kind) + body)
+
+    def parse(self, kind, body):
+        """The command in a message: a document, and lists of documents that belong into it."""
+        if kind == self.QUERY:  # the very first question: flags, a name, two numbers, a document
+            document = bson.decode(body[body.index(0, 4) + 9 :])
+        else:
+            document, at = {}, 4
+            end = len(body) - (4 if body[0] & self.CHECKSUM else 0)
+            while at < end:
+                section, size = body[at], int.from_bytes(body[at + 1 : at + 5], "little")
+                content = body[at + 1 : at + 1 + size]
+                if section == 0:
+                    document |= bson.decode(content)
+                else:
+                    name, _, documents = content[4:].partition(b"\0")
+                    document[name.decode()] = bson.decode_all(documents)
+                at += 1 + size
+        name = next(iter(document))
+        return Command(name, document.get("collection", document[name]), document)
+
+    def change(self, command, reply):
+        if "hosts" in reply:  # the drivers go where a replica set says that its members are
+            here = f"127.0.0.1:{self.port}"
+            reply |= {"hosts": [here], "passives": [], "me": here, "primary": here}
+        return self.answer(command, reply) if self.answer else reply
+
+    async def wait(self):
+        await asyncio.sleep(self.delay)
+        while self.silent:  # what waits meanwhile goes on later, as in a real network
+            await asyncio.sleep(0.05)
 
 
 class Person:
-    """Somebody with a cookie jar, and a WebSocket whose messages are kept in a list."""
+    """Somebody with a cookie jar, and a WebSocket whose events are kept in lists."""
 
     def __init__(self, chat, login=None):
         self.chat, self.login = chat, login or "u" + secrets.token_hex(5)
         self.seen, self.errors, self.others = [], [], []
+        self.own = {}  # the person's own messages among the seen ones, by their keys
         self.ws = self.reading = None
 
     async def __aenter__(self):
@@ -251,15 +406,27 @@ class Person:
         return self
 
     async def __aexit__(self, *_):
-        if self.reading:
-            self.reading.cancel()
-        await self.http.close()
+        try:
+            await self.stop_reading()
+        finally:
+            await self.http.close()
+
+    def cookie(self):
+        """The Cookie header that this person's browser would send."""
+        return "; ".join(f"{each.key}={each.value}" for each in self.http.cookie_jar)
 
     async def ask(self, path, method="GET", **options):
+        """Send a request. Whatever is asked, the answer must look like this site's own."""
         options = {"allow_redirects": False} | options
         async with self.http.request(method, self.chat.url + path, **options) as answer:
-            await answer.read()
-            return answer
+            text = await answer.text()
+        check_headers(answer.headers)
+        if not path.startswith("/static/"):
+            assert answer.headers["Cache-Control"] == "no-store", path
+            if answer.status >= 400 and method != "HEAD":
+                assert '<link rel="stylesheet"' in text, path
+        assert "Traceback" not in text
+        return answer
 
     async def form(self, path, login=None, password=PASSWORD, **options):
         fields = {"login": self.login if login is None else login, "password": password}
@@ -270,34 +437,72 @@ class Person:
         assert answer.status == 303, await answer.text()
         return self
 
-    def open(self, after="", **options):
-        url = f"{self.chat.url}/ws" + ("" if after is None else f"?after={after}")
-        return self.http.ws_connect(url, **options)
+    def open(self, after="new", **options):
+        """The WebSocket, for what comes after a message; or for new messages only."""
+        query = "" if after == "new" else f"?after={after}"
+        return self.http.ws_connect(f"{self.chat.url}/ws{query}", max_msg_size=0, **options)
 
     async def connect(self, after=None):
         """Open the WebSocket after what was seen, and read it in the background."""
+        await self.stop_reading()
         if after is None:
             after = self.seen[-1]["id"] if self.seen else 0
-        self.ws = await self.open(after, max_msg_size=0)
+        self.ws = await self.open(after)
+        self.others = []
         self.reading = asyncio.create_task(self.read())
         return self
 
     async def read(self):
+        lists = {"message": self.seen, "error": self.errors}
         async for frame in self.ws:
+            if frame.type is aiohttp.WSMsgType.ERROR:
+                return  # the connection was cut
             for event in json.loads(frame.data):
-                kind = {"message": self.seen, "error": self.errors}
-                kind.get(event["type"], self.others).append(event)
+                lists.get(event["type"], self.others).append(event)
+                if event["type"] == "message" and event["user"] == self.login:
+                    self.own[event["key"]] = event
+
+    async def stop_reading(self):
+        """End the background task. What went wrong in it fails the test."""
+        if self.reading:
+            self.reading.cancel()
+            [result] = await asyncio.gather(self.reading, return_exceptions=True)
+            if isinstance(result, Exception):
+                raise result
+
+    async def closed(self):
+        """Wait until the connection is closed: the close code."""
+        async with asyncio.timeout(PATIENCE):
+            await self.reading
+        return self.ws.close_code
 
     async def say(self, text, key=None):
         await self.ws.send_json({"text": text, "key": key or secrets.token_hex(8)})
 
-    async def until(self, condition, seconds=10):
+    async def post(self, text=TEXT, key=None):
+        """Say something, and wait until it is shown: how many seconds that took."""
+        key, start = key or secrets.token_hex(8), time.monotonic()
+        await self.say(text, key)
+        await self.until(lambda: key in self.own)
+        return time.monotonic() - start
+
+    async def until(self, condition, seconds=PATIENCE):
         """Wait until something is so."""
         end = time.monotonic() + seconds
         while not condition():
             told = f"{self.login}: {len(self.seen)} seen, {self.errors[-2:]}, {self.others[-4:]}"
             assert time.monotonic() < end, told
             await asyncio.sleep(0.02)
+
+    def online(self):
+        """Who is online, from the events; nobody joins twice, or leaves without having joined."""
+        first, *changes = self.others
+        assert first["type"] == "online" and first["users"] == sorted(set(first["users"]))
+        users = set(first["users"])
+        for each in changes:
+            assert each["type"] == ("left" if each["user"] in users else "joined"), self.others
+            users ^= {each["user"]}
+        return users
 
     async def keep_talking(self, rng, sent, prefix, pause=0.05):
         """Send at random moments; come back when cut off; send again what got no answer."""
@@ -313,8 +518,7 @@ class Person:
                     waiting[key] = sent[self.login, key] = text
                     await self.say(text, key)
                     await asyncio.sleep(rng.uniform(0, pause))
-                    for event in self.seen[-200:]:
-                        waiting.pop(event["key"], None)
+                    waiting = {key: waiting[key] for key in waiting if key not in self.own}
             except (aiohttp.ClientError, OSError):
                 await asyncio.sleep(rng.uniform(0, 0.3))
 
@@ -329,6 +533,17 @@ async def people(chat, *logins):
         yield all_of_them
 
 
+def check_headers(headers):
+    """What every response has: a page, a redirect, an error, a WebSocket's 101."""
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy and "*" not in policy
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "same-origin"
+    assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
+    assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+
+
 def stored(uri):
     """What the database holds: (number, user, key, text) of each message, in order."""
     with pymongo.MongoClient(uri) as client:
@@ -337,7 +552,13 @@ def stored(uri):
 
 
 def shown(person):
+    """What a person has seen, in the form of stored()."""
     return [(each["id"], each["user"], each["key"], each["text"]) for each in person.seen]
+
+
+def ids(events):
+    """The numbers of the messages among some events."""
+    return [each["id"] for each in events if each["type"] == "message"]
 
 
 async def history(person):
@@ -348,179 +569,379 @@ async def history(person):
     return messages
 
 
+TEXT_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 1, 8, 9, 10
+
+
+class RawClient:
+    """A WebSocket made of a plain socket: it reads when a test tells it to, and at no other time.
+
+    With `small` the kernel keeps little for it, so that what it leaves unread waits in the chat.
+    """
+
+    def __init__(self, person, after="new", small=False):
+        self.socket, self.received, self.rate = socket.socket(), bytearray(), None
+        self.socket.settimeout(PATIENCE)
+        if small:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            with contextlib.suppress(OSError):  # macOS accepts it only later
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        self.socket.connect(("127.0.0.1", urlsplit(person.chat.url).port))
+        query = "" if after == "new" else f"?after={after}"
+        self.socket.sendall(handshake(person, query))
+        while b"\r\n\r\n" not in self.received:
+            self.receive()
+        head, _, self.received = self.received.partition(b"\r\n\r\n")
+        status, *lines = head.decode().split("\r\n")
+        assert status.startswith("HTTP/1.1 101 "), status
+        check_headers(dict(line.split(": ", 1) for line in lines))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def receive(self):
+        """Take what has come, at `rate` bytes a second if one is set."""
+        data = self.socket.recv(4096 if self.rate else 65536)
+        if not data:
+            raise EOFError
+        if self.rate:
+            time.sleep(len(data) / self.rate)
+        self.received += data
+
+    def take(self, size):
+        while len(self.received) < size:
+            self.receive()
+        taken, self.received = bytes(self.received[:size]), self.received[size:]
+        return taken
+
+    def frames(self):
+        """The frames that come: (kind, content). The last one is the close frame."""
+        kind = None
+        while kind != CLOSE_FRAME:
+            first, size = self.take(2)
+            if size > 125:
+                size = int.from_bytes(self.take(2 if size == 126 else 8), "big")
+            kind, content = first & 15, self.take(size)
+            yield kind, content
+            if kind == PING_FRAME:
+                self.socket.sendall(client_frame(content, PONG_FRAME))
+
+    def events(self):
+        """The events that come until the close frame."""
+        for kind, content in self.frames():
+            if kind == TEXT_FRAME:
+                yield from json.loads(content)
+            elif kind == CLOSE_FRAME:
+                self.close_code = int.from_bytes(content[:2], "big")
+
+    def events_to_the_end(self):
+        with self:
+            return list(self.events())
+
+    def numbers(self, count):
+        """The numbers of the messages that come next."""
+        found = []
+        for event in self.events():
+            found += ids([event])
+            if len(found) == count:
+                return found
+        raise EOFError
+
+
+def handshake(person, query=""):
+    """The request that opens a WebSocket."""
+    lines = [
+        f"GET /ws{query} HTTP/1.1",
+        "Host: 127.0.0.1",
+        f"Cookie: {person.cookie()}",
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def client_frame(content, kind=TEXT_FRAME):
+    """A short frame. Clients have to mask theirs; a mask of zeros leaves the content as it is."""
+    assert len(content) < 126
+    return bytes([0x80 | kind, 0x80 | len(content)]) + bytes(4) + content
+
+
+@contextlib.contextmanager
+def flooding(person, frame, reads=True, connections=1):
+    """Send one frame again and again, as fast as the chat takes it, from other threads."""
+    ended, sent = threading.Event(), Counter()
+
+    def flood():
+        while not ended.is_set():  # one that does not read is cut off: it comes back
+            with contextlib.suppress(OSError, EOFError), RawClient(person) as client:
+                client.socket.setblocking(False)
+                rest = frames = memoryview(frame * (65536 // len(frame)))
+                while not ended.is_set():
+                    watched = [client.socket]
+                    can_read, can_write, _ = select.select(watched * reads, watched, [], 0.1)
+                    if can_read and not client.socket.recv(2**20):
+                        break
+                    if can_write:
+                        size = client.socket.send(rest)
+                        rest = rest[size:] or frames
+                        sent["bytes"] += size
+
+    with ThreadPoolExecutor(connections) as pool:
+        floods = [pool.submit(flood) for _ in range(connections)]
+        try:
+            yield
+        finally:
+            ended.set()
+    for each in floods:
+        each.result()
+    assert sent.total() > 10_000  # otherwise it was no flood
+
+
+class Twin(Person):
+    """One more connection of somebody, with lists of its own."""
+
+    def __init__(self, person):
+        super().__init__(person.chat, person.login)
+        self.http = person.http
+
+
+@contextlib.asynccontextmanager
+async def twins(person, count):
+    them = [Twin(person) for _ in range(count)]
+    await asyncio.gather(*(each.connect("") for each in them))
+    yield them
+    await asyncio.gather(*(each.stop_reading() for each in them))
+
+
+@contextlib.asynccontextmanager
+async def chat_behind(proxy, logins=2, limits=None, uri=None):
+    """A chat whose database is behind a proxy, and people who are connected."""
+    async with (
+        Chat(MONGODB_URI=uri or proxy.uri, limits=limits) as chat,
+        people(chat, *[None] * logins) as them,
+    ):
+        for each in them:
+            await each.connect()
+        yield chat, them
+
+
 # ---------------------------------------------------------------------------
 # Pages
 # ---------------------------------------------------------------------------
 
 
 @asynchronous
-@pytest.mark.parametrize(
-    "path, anonymous, signed_in",
-    [
-        ("/", 303, 200),
-        ("/messages?before=1", 303, 200),
-        ("/messages", 303, 400),
-        ("/messages?before=x", 303, 400),
-        ("/messages?before=1_0", 303, 400),
-        ("/messages?before=" + "9" * 99, 303, 200),
-        ("/ws", 401, 400),
-        ("/ws?after=x", 401, 400),
-        ("/login", 200, 303),
-        ("/signup", 200, 303),
-        ("/static/chat.css", 200, 200),
-        ("/static/none", 404, 404),
-        ("/static/%00", 404, 404),
-        ("/nothing", 404, 404),
-    ],
-)
-async def test_pages(chat, path, anonymous, signed_in):
+async def test_pages(chat):
+    """Each page, for strangers and for somebody who is signed in; HEAD is answered as GET."""
     async with Person(chat) as person:
-        for turn, status in enumerate((anonymous, signed_in)):
-            for method in ("GET", "HEAD"):
-                answer = await person.ask(path, method)
-                assert answer.status == status, (method, path)
-                policy = answer.headers["Content-Security-Policy"]
-                assert "default-src 'none'" in policy and "unsafe" not in policy
-                assert answer.headers["X-Content-Type-Options"] == "nosniff"
-                assert answer.headers["Referrer-Policy"] == "same-origin"
-                assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
-                assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
-                cached = "no-cache" if path.startswith("/static") else "no-store"
-                assert answer.headers["Cache-Control"] == cached
-                if status == 303:
-                    home = "/" if path in ("/login", "/signup") else "/login"
-                    assert answer.headers["Location"] == home
-                elif status >= 400 and method == "GET" and not path.startswith("/static"):
-                    assert '<link rel="stylesheet"' in await answer.text()
-            if turn == 0:
+        for stranger in (True, False):
+            if not stranger:
                 await person.sign_up()
+            for path, anonymous, signed_in in (
+                ("/", 303, 200),
+                ("/?before=1", 303, 200),
+                ("/?before=x", 303, 400),
+                ("/messages?before=1", 303, 200),
+                ("/messages?before=-5", 303, 200),
+                ("/messages?before=" + "9" * 99, 303, 200),
+                ("/messages", 303, 400),
+                ("/messages?before=", 303, 400),
+                ("/messages?before=x", 303, 400),
+                ("/messages?before=1_0", 303, 400),
+                ("/ws", 401, 400),
+                ("/ws?after=x", 401, 400),
+                ("/login", 200, 303),
+                ("/signup", 200, 303),
+                ("/static/chat.css", 200, 200),
+                ("/static/none", 404, 404),
+                ("/static/%00", 404, 404),
+            ):
+                for method in ("GET", "HEAD"):
+                    answer = await person.ask(path, method)
+                    assert answer.status == (anonymous if stranger else signed_in), (method, path)
+                    if answer.status == 303:
+                        home = "/" if path in ("/login", "/signup") else "/login"
+                        assert answer.headers["Location"] == home
+            missing = (await person.ask("/nothing")).status
+            assert missing in (303, 404) if stranger else missing == 404
+        answer = await person.ask("/messages?before=1")
+        assert await answer.json() == {"messages": []}
+        for after in ("x", "1_0"):
+            with pytest.raises(aiohttp.WSServerHandshakeError, match="400"):
+                await person.open(after)
 
 
 @asynchronous
-async def test_methods(chat):
-    async with Person(chat) as person:
+async def test_wrong_methods(chat):
+    """They are answered with 405, and with what is allowed."""
+    async with people(chat, None) as [person]:
         for path, method, allowed in (
             ("/", "POST", {"GET", "HEAD"}),
+            ("/messages", "DELETE", {"GET", "HEAD"}),
             ("/login", "PUT", {"GET", "HEAD", "POST"}),
             ("/logout", "GET", {"POST"}),
         ):
             answer = await person.ask(path, method)
             assert answer.status == 405
-            assert set(answer.headers["Allow"].split(",")) == allowed
+            assert {each.strip() for each in answer.headers["Allow"].split(",")} == allowed
+
+
+def bad_field(page):
+    """The name of the one field of a form that is marked as bad."""
+    inputs = re.findall("<input[^>]*>", page)
+    [bad] = [each for each in inputs if 'aria-invalid="true"' in each]
+    return re.search('name="([^"]*)"', bad)[1]
 
 
 @asynchronous
 async def test_sign_up(chat):
+    """What a login and a password may be; which logins are the same one."""
     name = secrets.token_hex(3)
     async with Person(chat) as person:
         for login, password, status, field in (
             ("ab", PASSWORD, 400, "login"),
             ("a" * 21, PASSWORD, 400, "login"),
+            ("a" * 150, PASSWORD, 400, "login"),
             ("no spaces", PASSWORD, 400, "login"),
             ("a<b>" + name, PASSWORD, 400, "login"),
-            ("good_" + name, "1234567", 400, "password"),
+            ("good_" + name, "7 chars", 400, "password"),
             ("good_" + name, "x" * 201, 400, "password"),
             ("Straße_" + name, "ж" * 200, 303, None),
             ("STRASSE_" + name, PASSWORD, 409, "login"),
             ("ｓｔｒａｓｓｅ_" + name, PASSWORD, 409, "login"),
+            ("e\u0301va_" + name, "8 chars!", 303, None),
+            ("Éva_" + name, PASSWORD, 409, "login"),
+            ("ß" + name[:2], PASSWORD, 303, None),
+            ("x" * 14 + name, PASSWORD, 303, None),
         ):
             person.http.cookie_jar.clear()
             answer = await person.form("/signup", login, password)
             assert answer.status == status, login
-            if field:
+            if status != 303:
                 page = await answer.text()
                 assert 'role="alert"' in page and password not in page
-                inputs = re.findall("<input[^>]*>", page)
-                [bad] = [each for each in inputs if 'aria-invalid="true"' in each]
-                assert f'name="{field}"' in bad
-                if "<" not in login:
-                    assert f'value="{login}"' in page
-                else:
-                    assert "a&lt;b&gt;" in page
-        # Any spelling logs in; shown is the one that was signed up.
+                assert bad_field(page) == field
+                kept = login[:100].replace("<", "&lt;").replace(">", "&gt;")
+                assert f'value="{kept}"' in page
+        # Any spelling logs in. The one that was signed up is shown.
         assert (await person.form("/login", "strasse_" + name, "ж" * 200)).status == 303
-        assert f'data-user="Straße_{name}"' in await (await person.ask("/")).text()
+        assert f"Straße_{name}" in await (await person.ask("/")).text()
 
 
 @asynchronous
 async def test_forms_that_cannot_be_read(chat):
-    async with Person(chat) as person:
-        kind = "application/x-www-form-urlencoded"
-        for data, content_type in (
-            (b"login=\xff&password=\xff", kind),
-            (b"login=a&password=b", kind + "; charset=nonsense"),
-            (b"login=%2B2AA-&password=b", kind + "; charset=utf-7"),
-            (b"--x\r\nbroken", "multipart/form-data; boundary=x"),
-            (b"--x\r\nbroken: \r\n\r\nx", "multipart/form-data; boundary=x"),
-            (b"login=a", "multipart/form-data"),
-            (b"login=a", "application/json"),
-        ):
-            headers = {"Content-Type": content_type}
-            answer = await person.ask("/login", "POST", data=data, headers=headers)
-            assert answer.status in (400, 401), data
-        for path in ("/login", "/signup"):
-            assert (await person.form(path, "x" * 66000)).status == 413
-        await person.sign_up()
-        answer = await person.ask("/logout", "POST", data=b"x" * 66000)
-        assert answer.status == 413
-
-
-@asynchronous
-async def test_ten_wrong_passwords(chat):
-    async with people(chat, "A" + secrets.token_hex(4)) as [person]:
-        person.http.cookie_jar.clear()
-        names = [person.login.upper(), person.login.lower()]
-        tries = [person.form("/login", names[n % 2], "wrong password") for n in range(14)]
-        answers = Counter([answer.status for answer in await asyncio.gather(*tries)])
-        assert answers == {401: 10, 429: 4}
-        answer = await person.form("/login")  # the right password
-        assert answer.status == 429 and 0 < int(answer.headers["Retry-After"]) <= 300
-        # Others are let in, from elsewhere too: the header is not believed without HTTPS=1.
-        forged = {"X-Forwarded-For": "192.0.2.1"}
-        assert (await person.form("/login", headers=forged)).status == 429
-        nobody = "nobody" + secrets.token_hex(4)
-        unknown = [person.form("/login", nobody, "wrong password") for _ in range(11)]
-        answers = Counter([answer.status for answer in await asyncio.gather(*unknown)])
-        assert answers == {401: 10, 429: 1}
-
-
-@asynchronous
-async def test_right_passwords_are_not_counted(chat):
+    """Broken forms are their sender's fault; a body may have 64 KiB and no more."""
+    form = "application/x-www-form-urlencoded"
     async with people(chat, None) as [person]:
-        answers = await asyncio.gather(*(person.form("/login") for _ in range(15)))
-        assert {answer.status for answer in answers} == {303}
+        for data, headers, status in (
+            (b"login=\xff&password=\xff", {"Content-Type": form}, 400),
+            (b"login=a&password=b", {"Content-Type": f"{form}; charset=nonsense"}, 400),
+            (b"login=%2B2AA-&password=b", {"Content-Type": f"{form}; charset=utf-7"}, 400),
+            (b"--x\r\nbroken", {"Content-Type": "multipart/form-data; boundary=x"}, 400),
+            (b"login=a", {"Content-Type": "multipart/form-data"}, 400),
+            (b"login=a&login=b", {"Content-Type": form}, 401),
+            (b"password=".ljust(65536, b"x"), {"Content-Type": form}, 401),
+            (b"password=".ljust(65537, b"x"), {"Content-Type": form}, 413),
+        ):
+            answer = await person.ask("/login", "POST", data=data, headers=headers)
+            assert answer.status == status, data[:30]
+        assert (await person.form("/signup", "x" * 65537)).status == 413
+        assert (await person.ask("/logout", "POST", data=b"x" * 65537)).status == 413
+
+
+@asynchronous
+async def test_wrong_passwords_are_counted(three_chats):
+    """Ten of them for one login, on all processes together, from one address."""
+    async with people(three_chats[0], "A" + secrets.token_hex(4)) as [person]:
+        for login in (person.login, "nobody_" + secrets.token_hex(4)):
+            for number in range(10):
+                person.chat = three_chats[number % 3]
+                spelling = login.upper() if number % 2 else login
+                answer = await person.form("/login", spelling, "a wrong one")
+                page = await answer.text()
+                assert answer.status == 401 and bad_field(page) == "password"
+                assert 'role="alert"' in page and "a wrong one" not in page
+            for person.chat in three_chats:
+                # The right password does not help, and nor does an address that is made up.
+                forged = {"X-Forwarded-For": "192.0.2.1"}
+                answer = await person.form("/login", login, headers=forged)
+                assert answer.status == 429 and 200 < int(answer.headers["Retry-After"]) <= 300
+                page = await answer.text()
+                assert f'value="{login}"' in page and 'role="alert"' in page
+                assert PASSWORD not in page and 'name="password"' in page
+
+
+@asynchronous
+async def test_wrong_passwords_sent_at_once(mongo):
+    """They are counted one by one, until their time has passed; right ones are not counted."""
+    limits = {
+        "HASH_QUEUE_MAX": "100",
+        "FAILED_LOGINS_MAX": "3",
+        "FAILED_LOGINS_WINDOW": "timedelta(seconds=4)",
+    }
+    async with Chat(MONGODB_URI=mongo(), limits=limits) as chat, people(chat, None) as [person]:
+        answers = await asyncio.gather(*(person.form("/login") for _ in range(6)))
+        assert [answer.status for answer in answers] == [303] * 6
+        wrong = [person.form("/login", password="a wrong one") for _ in range(7)]
+        answers = await asyncio.gather(*wrong)
+        assert Counter(answer.status for answer in answers) == {401: 3, 429: 4}
+        seconds = max(int(each.headers["Retry-After"]) for each in answers if each.status == 429)
+        assert 0 < seconds <= 5
+        await asyncio.sleep(seconds)
+        assert (await person.form("/login")).status == 303
+
+
+@asynchronous
+async def test_passwords_are_hashed_in_a_short_queue(chat):
+    """While more than a few wait, the next one is sent away, and is let in soon afterwards."""
+    async with people(chat, None) as [person]:
+        nobody = [person.form("/login", secrets.token_hex(5)) for _ in range(40)]
+        answers = await asyncio.gather(*nobody)
+        statuses = Counter(answer.status for answer in answers)
+        assert statuses.keys() == {401, 503} and statuses[503] > 10
+        for answer in answers:
+            if answer.status == 503:
+                assert 0 < int(answer.headers["Retry-After"]) < PATIENCE
+        await asyncio.sleep(int(answers[-1].headers.get("Retry-After", 0)))
+        assert (await person.form("/login")).status == 303
 
 
 @asynchronous
 async def test_unknown_login_takes_the_same_time(chat):
-    async with people(chat, *[None] * 8) as them:
-        taken = {True: [], False: []}
-        for person in them:
-            for known in (True, False):
-                person.http.cookie_jar.clear()
+    """Neither the time nor the page tells whether there is such a login."""
+    async with people(chat, None) as [person]:
+        known, unknown, pages = [], [], set()
+        for _ in range(6):
+            for login, taken in ((person.login, known), (person.login + "x", unknown)):
                 start = time.perf_counter()
-                login = person.login if known else person.login + "x"
-                answer = await person.form("/login", login, "wrong password")
-                taken[known].append(time.perf_counter() - start)
+                answer = await person.form("/login", login, "a wrong one")
+                taken.append(time.perf_counter() - start)
                 assert answer.status == 401
-                page = re.sub(r'value="\w+"', "", await answer.text())
-        assert "no such login with this password" in page
-        assert 0.5 < min(taken[True]) / min(taken[False]) < 2
+                pages.add(re.sub(r'value="\w+"', "", await answer.text()))
+        assert len(pages) == 1
+        assert 1 / 3 < min(known) / min(unknown) < 3
 
 
 @asynchronous
 async def test_passwords_are_hashed(mongo):
+    """Argon2id with 19 MiB and two passes or more, and the password is stored nowhere."""
     uri = mongo()
-    with Chat(MONGODB_URI=uri) as chat:
-        async with people(chat, None):
-            with pymongo.MongoClient(uri) as client:
-                [user] = client.get_default_database().users.find()
-    assert user["password"].startswith("$argon2id$v=19$m=19456,t=2,p=1$")
-    assert PASSWORD not in str(user)
+    async with Chat(MONGODB_URI=uri) as chat, people(chat, None):
+        with pymongo.MongoClient(uri) as client:
+            db = client.get_default_database()
+            everything = str([list(db[name].find()) for name in db.list_collection_names()])
+    [(memory, passes)] = re.findall(r"\$argon2id\$v=19\$m=(\d+),t=(\d+),p=1\$", everything)
+    assert int(memory) >= 19 * 1024 and int(passes) >= 2
+    assert PASSWORD not in everything
 
 
 @asynchronous
 async def test_other_sites_cannot_post(chat):
+    """Forms and WebSockets of other origins are refused, and made-up headers ignored."""
     async with people(chat, None) as [person]:
         for origin, status in (
             ("http://evil.example", 403),
@@ -530,85 +951,181 @@ async def test_other_sites_cannot_post(chat):
         ):
             answer = await person.form("/login", headers={"Origin": origin})
             assert answer.status == status, origin
+        assert (await person.ask("/", headers={"Origin": "http://evil.example"})).status == 200
         with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
             await person.open(headers={"Origin": "http://evil.example"})
+        # Without HTTPS=1, nothing that claims to come from a router is believed.
+        answer = await person.ask("/", headers={"X-Forwarded-Proto": "http"})
+        assert answer.status == 200 and "Strict-Transport-Security" not in answer.headers
 
 
 @asynchronous
-async def test_session(mongo):
-    """The cookie's attributes; a log-out ends the session, not another one of the same user."""
-    uri = mongo()
-    with Chat(MONGODB_URI=uri) as chat, Chat(MONGODB_URI=uri) as second:
-        async with people(chat, None) as [person], Person(chat, person.login) as other:
-            await other.form("/login")
-            cookie = (await person.form("/login")).headers["Set-Cookie"]
-            for word in ("HttpOnly", "SameSite=Lax", "Max-Age=604800", "Path=/"):
-                assert word in cookie
-            assert person.login not in cookie
-            copy = {"Cookie": cookie.split(";")[0]}
-            await person.connect()
-            await other.connect()
-            async with aiohttp.ClientSession() as thief:
-                url = second.url + "/messages?before=1"
-                async with thief.get(url, headers=copy, allow_redirects=False) as answer:
-                    assert answer.status == 200  # sessions hold on every process
-                async with thief.ws_connect(second.url + "/ws", headers=copy) as elsewhere:
-                    await elsewhere.receive()
-                    answer = await person.ask("/logout", "POST")
-                    assert (answer.status, answer.headers["Location"]) == (303, "/login")
-                    await person.until(lambda: person.ws.close_code == 1008)
-                    while (frame := await elsewhere.receive(5)).type is aiohttp.WSMsgType.TEXT:
-                        pass
-                    assert frame.data == 1008
-                for each in (chat, second):
-                    url = each.url + "/messages?before=1"
-                    async with thief.get(url, headers=copy, allow_redirects=False) as answer:
-                        assert answer.status == 303
-            await other.say("still here")
-            await other.until(lambda: other.seen)
-            assert (await person.ask("/logout", "POST")).status == 303
+async def test_log_out(three_chats):
+    """A session ends on every process, and no other session of the same user does."""
+    async with people(three_chats[0], None) as [person], Person(three_chats[0]) as other:
+        other.login = person.login
+        await other.form("/login")
+        cookie = (await person.form("/login")).headers["Set-Cookie"]
+        for word in ("HttpOnly", "SameSite=Lax", "Max-Age=604800", "Path=/"):
+            assert word in cookie
+        assert person.login not in cookie and "Secure" not in cookie
+        copy = {"Cookie": cookie.split(";")[0]}
+        async with Person(three_chats[1]) as thief, Person(three_chats[2]) as second_thief:
+            for each in (thief, second_thief):
+                each.http.headers.update(copy)
+                assert (await each.ask("/")).status == 200  # a session holds on every process
+            for each in (person, other, thief, second_thief):
+                await each.connect("new")
+            answer = await person.ask("/logout", "POST")
+            assert (answer.status, answer.headers["Location"]) == (303, "/login")
+            for each in (person, thief, second_thief):
+                assert await each.closed() == 1008
+            for thief.chat in three_chats:
+                assert (await thief.ask("/")).status == 303
+                with pytest.raises(aiohttp.WSServerHandshakeError, match="401"):
+                    await thief.open()
+        await other.post()
+        assert (await other.ask("/")).status == 200
+        assert (await person.ask("/logout", "POST")).headers["Location"] == "/login"
 
 
 @asynchronous
-@pytest.mark.parametrize("value", ["x", "\xff", "gAAAA", '"', "=" * 200])
-async def test_unreadable_cookie_is_no_cookie(chat, value):
+async def test_sessions_expire(mongo):
+    """A session lasts so long from the login, used or not; then its WebSockets are closed."""
+    limits = {"SESSION_LIFETIME": "timedelta(seconds=3)", "SYNC_INTERVAL": "0.5"}
+    async with Chat(MONGODB_URI=mongo(), limits=limits) as chat, people(chat, None) as [person]:
+        await person.connect()
+        copy = {"Cookie": person.cookie()}
+        assert (await person.ask("/", headers=copy)).status == 200
+        assert await person.closed() == 1008
+        async with asyncio.timeout(PATIENCE):
+            while (await person.ask("/", headers=copy)).status == 200:
+                await asyncio.sleep(0.5)
+        assert (await person.ask("/", headers=copy)).headers["Location"] == "/login"
+
+
+@asynchronous
+async def test_unreadable_cookie_is_no_cookie(chat):
+    """Whoever sends one is a stranger, and no error."""
     async with Person(chat) as person:
-        headers = {"Cookie": f"chat={value}"}
-        assert (await person.ask("/", headers=headers)).status == 303
-        assert (await person.ask("/login", headers=headers)).status == 200
+        for value in ("x", "\xff", "gAAAA", '"', "=" * 200, "gAAAAABn" + "A" * 100):
+            headers = {"Cookie": f"chat={value}"}
+            assert (await person.ask("/", headers=headers)).status == 303
+            assert (await person.ask("/ws", headers=headers)).status == 401
+            assert (await person.ask("/login", headers=headers)).status == 200
+    connection = http.client.HTTPConnection(urlsplit(chat.url).netloc, timeout=PATIENCE)
+    connection.request("GET", "/", headers={"Cookie": b"chat=\xff"})  # this is no UTF-8
+    assert connection.getresponse().status == 303
+    connection.close()
 
 
 @asynchronous
 async def test_history(chat):
+    """The newest 50 messages as a page, and all others before them."""
     async with people(chat, None) as [person]:
         await person.connect()
         for number in range(60):
-            await person.say(f"<b>{number}</b>")
-        await person.until(lambda: len([e for e in person.seen if e["user"] == person.login]) == 60)
+            await person.say(f"<b>{number}</b>", f"{number}")
+        await person.until(lambda: len(person.own) == 60)
         last = person.seen[-1]["id"]
         page = await (await person.ask("/")).text()
         assert re.findall(r'data-id="(\d+)"', page) == [str(n) for n in range(last - 49, last + 1)]
         assert "<b>59</b>" not in page and "&lt;b&gt;59&lt;/b&gt;" in page
         older = await (await person.ask(f"/?before={last - 49}")).text()
         assert f'data-id="{last - 50}"' in older and f'data-id="{last - 49}"' not in older
-        everything = await history(person)
-        assert [each["id"] for each in everything] == list(range(1, last + 1))
-        assert everything[-60:] == [e for e in person.seen if e["user"] == person.login]
-        answer = await person.ask("/messages?before=-5")
-        assert await answer.json() == {"messages": []}
+        answer = await (await person.ask(f"/messages?before={last}")).json()
+        assert ids(answer["messages"]) == list(range(last - 50, last))
+        assert await history(person) == person.seen
+
+
+@asynchronous
+async def test_a_gap_made_by_hand(mongo):
+    """A message that was deleted stops nothing: neither the numbers, nor the pages."""
+    uri = mongo()
+    async with Chat(MONGODB_URI=uri) as chat, people(chat, None, None) as [person, other]:
+        await person.connect()
+        for number in range(1, 131):
+            await person.say(f"{number}", f"{number}")
+        await person.until(lambda: len(person.own) == 130)
+        with pymongo.MongoClient(uri) as client:
+            client.get_default_database().messages.delete_one({"_id": 64})
+        expected = [*range(1, 64), *range(65, 131)]
+        for restart in (False, True):
+            if restart:
+                chat.kill()
+                await asyncio.to_thread(chat.start)
+                await person.connect()
+            await person.post()
+            expected.append(expected[-1] + 1)
+            assert ids(await history(person)) == expected
+            assert ids(person.seen)[-1] == expected[-1]
+            other.seen = []
+            await other.connect(0)
+            await other.until(lambda: ids(other.seen)[-1:] == expected[-1:])
+            assert ids(other.seen) == expected
 
 
 @asynchronous
 async def test_static_files(chat):
+    """They are kept for a year under an address with the right version, and only there."""
     async with Person(chat) as person:
         page = await (await person.ask("/login")).text()
         links = re.findall(r'"(/static/[^"]+\?v=[^"]+)"', page)
         assert len(links) == 3
         for link in links:
-            answer = await person.ask(link)
-            assert answer.headers["Cache-Control"] == "max-age=31536000, immutable"
-            answer = await person.ask(link[:-1] + "-")  # a version that this process lacks
-            assert answer.headers["Cache-Control"] == "no-cache"
+            for address, kept in (
+                (link, "max-age=31536000, immutable"),
+                (link[:-1] + "-", "no-cache"),  # the version of another release
+                (link.partition("?")[0], "no-cache"),
+            ):
+                answer = await person.ask(address)
+                assert (answer.status, answer.headers["Cache-Control"]) == (200, kept)
+        for path in ("/static//dev/zero", "/static/%2fdev/zero", "/static/..%2f..%2fdev%2fzero"):
+            assert (await person.ask(path)).status in (403, 404)
+        assert (await person.ask("/static/%2e%2e/chat.py")).status in (403, 404)
+
+
+@asynchronous
+async def test_a_new_route_is_private(mongo):
+    """A route that nobody has named public is shown to nobody who is not signed in."""
+    prelude = """
+from aiohttp import web
+async def health(request):
+    return web.Response(text="up", headers={"Cache-Control": "no-store"})
+old_routes = chat.routes
+chat.routes = lambda: [*old_routes(), web.get("/health", health), web.post("/poke", health)]
+"""
+    async with Chat(MONGODB_URI=mongo(), prelude=prelude) as chat, Person(chat) as person:
+        for path, method in (("/health", "GET"), ("/health", "HEAD"), ("/poke", "POST")):
+            answer = await person.ask(path, method)
+            assert (answer.status, answer.headers["Location"]) == (303, "/login")
+        await person.sign_up()
+        assert await (await person.ask("/health")).text() == "up"
+        assert (await person.ask("/poke", "POST")).status == 200
+
+
+@asynchronous
+@pytest.mark.parametrize("what", ["handshake", "form", "gzip", "garbage"])
+async def test_clients_that_hang_up(mongo, what):
+    """However a client breaks off, or breaks HTTP: no traceback of it gets into the log."""
+    async with Chat(MONGODB_URI=mongo()) as chat, people(chat, None) as [person]:
+        form = b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+        form += b"Content-Type: application/x-www-form-urlencoded\r\n"
+        request = {
+            "handshake": handshake(person, "?after=0"),
+            "form": form + b"\r\nlogin=",
+            "gzip": form + b"Content-Encoding: gzip\r\n\r\n" + b"x" * 100,
+            "garbage": b"\x16\x03\x01 what TLS begins with\r\n\r\n",
+        }[what]
+        for number in range(10):
+            with socket.create_connection(("127.0.0.1", urlsplit(chat.url).port)) as client:
+                if number % 2:  # RST instead of FIN
+                    options = struct.pack("ii", 1, 0)
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, options)
+                client.sendall(request)
+        await person.connect()
+        await person.post()
+        chat.check_log()
 
 
 # ---------------------------------------------------------------------------
@@ -618,113 +1135,132 @@ async def test_static_files(chat):
 
 @asynchronous
 async def test_frames(chat):
-    async with people(chat, None) as [person], person.open(None) as ws:
-        [online] = await ws.receive_json()
+    """What a client may send, and what it is answered for all the rest."""
+    async with people(chat, None) as [person], person.open(0) as ws:
+        [online, *_] = await ws.receive_json()
         assert online["type"] == "online" and person.login in online["users"]
-        for bad, key in (
-            ("[", None),
-            ("[]", None),
-            ("null", None),
-            ("[" * 60000, None),
-            ("1" * 6000, None),
-            ('{"text": 5, "key": "k"}', "k"),
-            ('{"text": " \\n ", "key": "k"}', "k"),
-            ('{"text": "\\ud800", "key": "k"}', "k"),
-            (json.dumps({"text": "x" * 2001, "key": "k"}), "k"),
-            ('{"text": "x", "key": 5}', None),
-            ('{"text": "x", "key": ""}', ""),
-            ('{"text": "x", "key": "\\udc00"}', None),
-            (json.dumps({"text": "x", "key": "k" * 65}), "k" * 65),
+        await ws.close()
+        await person.connect("new")
+        for count, (bad, key) in enumerate(
+            (
+                ("[", None),
+                ("[]", None),
+                ("null", None),
+                ("[" * 60000, None),
+                ("1" * 6000, None),
+                (" " * 65536, None),
+                ('{"text": 5, "key": "k"}', "k"),
+                ('{"text": " \\n ", "key": "k"}', "k"),
+                ('{"text": "\\ud800", "key": "k"}', "k"),
+                (json.dumps({"text": "x" * 2001, "key": "k" * 64}), "k" * 64),
+                ('{"text": "x", "key": 5}', None),
+                ('{"text": "x", "key": ""}', ""),
+                ('{"text": "x", "key": "\\udc00"}', None),
+                (json.dumps({"text": "x", "key": "k" * 65}), "k" * 65),
+            ),
+            1,
         ):
-            await ws.send_str(bad)
-            [error] = await ws.receive_json()
-            assert error["type"] == "error" and error["text"] and error.get("key") == key, bad
-        for good in ("\0", "x" * 2000, "😀" * 2000, "ж\n  א"):
-            await ws.send_json({"text": f"  {good}\n"})
-            [message] = await ws.receive_json()
-            assert (message["text"], message["user"]) == (good, person.login)
-            assert message["key"] and message["time"].endswith("+00:00")
-        await ws.send_json({"text": "again", "key": None})
-        assert (await ws.receive_json())[0]["id"] == message["id"] + 1
-        await ws.send_bytes(b"bytes")
-        assert (await ws.receive()).data == 1003
-        async with person.open(None) as ws:
-            await ws.send_str(" " * 65537)
-            while (frame := await ws.receive()).type is aiohttp.WSMsgType.TEXT:
-                pass
-            assert frame.data == 1009
+            await person.ws.send_str(bad)
+            await person.until(lambda count=count: len(person.errors) == count)
+            error = person.errors[-1]
+            assert error["text"] and error.get("key") == key, bad
+        for count, text in enumerate(("\0", "x" * 2000, "😀" * 2000, "ж\n  א"), 1):
+            await person.post(f"  {text}\n", "k" * (65 - count))
+            message = person.seen[-1]
+            assert list(message) == ["type", "id", "key", "user", "text", "time"]
+            assert message["text"] == text and isinstance(message["id"], int)
+            moment = datetime.fromisoformat(message["time"])
+            assert moment.utcoffset() == timedelta(0)
+            assert abs(datetime.now(UTC) - moment) < timedelta(hours=0.5)
+        for unnamed in ({"text": "again", "key": None}, {"text": "and again"}):
+            count = len(person.own)
+            await person.ws.send_json(unnamed)
+            await person.until(lambda count=count: len(person.own) == count + 1)
+        assert all(1 <= len(key) <= 64 for key in person.own)
+        await person.ws.send_bytes(b"bytes")
+        assert await person.closed() == 1003
+        await person.connect("new")
+        await person.ws.send_str(" " * 65537)
+        assert await person.closed() == 1009
 
 
 @asynchronous
-async def test_one_client_cannot_stop_the_others(chat):
-    """A file without end, a login that takes seconds to normalize, nonsense without pause."""
-    async with people(chat, None, None) as [person, bad]:
-        await person.connect(10**6)
-        for path in ("/static//dev/zero", "/static/%2fdev/zero", "/static/..%2f..%2fdev%2fzero"):
-            assert (await person.ask(path)).status in (403, 404)
-        login = "a" + "\u0300\u0316" * 16000
-        start = time.monotonic()
-        await asyncio.gather(*(bad.form(path, login) for path in ("/login", "/signup") * 4))
-        assert time.monotonic() - start < 3
-        async with bad.open(None) as ws:
-            async for _ in ws:
-                break
-
-            async def flood():
-                while True:
-                    await ws.send_str("nonsense")
-                    await asyncio.sleep(0)
-
-            floods = asyncio.gather(*(flood() for _ in range(5)))
-            start = time.monotonic()
-            await person.say("hello")
-            await person.until(lambda: person.seen)
-            assert time.monotonic() - start < 1
-            floods.cancel()
+async def test_heartbeat(mongo):
+    """Who answers the pings stays, and who does not is dropped."""
+    prelude = "assert 25 <= chat.HEARTBEAT <= 30"
+    limits = {"HEARTBEAT": "0.5"}
+    async with (
+        Chat(MONGODB_URI=mongo(), limits=limits, prelude=prelude) as chat,
+        people(chat, None) as [person],
+    ):
+        with RawClient(person) as client:
+            frames, pings = client.frames(), 0
+            while pings < 5:  # it answers while it reads, and reads for some seconds
+                kind, _ = await asyncio.to_thread(next, frames)
+                pings += kind == PING_FRAME
+            end = time.monotonic() + PATIENCE
+            with contextlib.suppress(OSError):
+                while client.socket.recv(65536):
+                    assert time.monotonic() < end, "it still gets pings"
 
 
 @asynchronous
-async def test_pings_without_reading(chat):
-    """Promise 5: pongs that nobody reads do not fill the memory either."""
-    async with people(chat, None) as [person]:
-        ws = await person.open(None, autoping=False)
-        ws._conn.transport.pause_reading()
-        start = time.monotonic()
-        with pytest.raises((OSError, aiohttp.ClientError)):
-            while time.monotonic() < start + 20:
-                for _ in range(500):
-                    await ws.ping(b"x" * 125)
-                await asyncio.sleep(0)
+async def test_who_is_online(three_chats):
+    """Sorted by code point; nobody is said to come or leave who has another connection."""
+    first, second, third = three_chats
+    tag = secrets.token_hex(3)
+    logins = ["zoe" + tag, "Ada" + tag, "eve" + tag]
+    async with people(first, *logins) as [zoe, ada, eve]:
 
-
-@asynchronous
-async def test_who_is_online(mongo):
-    uri = mongo()
-    with Chat(MONGODB_URI=uri) as chat, Chat(MONGODB_URI=uri) as second:
-        async with people(chat, "zoe", "Ada", "eve") as [zoe, ada, eve]:
-            await zoe.connect()
-            ada.chat = second
-            await ada.connect()
-            await zoe.until(lambda: {"type": "joined", "user": "Ada"} in zoe.others)
-            async with ada.open(), eve.open() as ws:  # one more Ada is no news
-                [online] = await ws.receive_json()
-                assert online["users"] == ["Ada", "eve", "zoe"]  # by code point
-                for each in (zoe, ada):
-                    joined = {"type": "joined", "user": "eve"}
-                    await each.until(lambda each=each, joined=joined: joined in each.others)
-            for each in (zoe, ada):
-                left = {"type": "left", "user": "eve"}
-                await each.until(lambda each=each, left=left: left in each.others)
-            await ada.ws.close()
-            await zoe.until(lambda: {"type": "left", "user": "Ada"} in zoe.others)
-            names = [(each["type"], each.get("user")) for each in zoe.others]
-            assert names == [
-                ("online", None),
-                ("joined", "Ada"),
-                ("joined", "eve"),
-                ("left", "eve"),
-                ("left", "Ada"),
+        def mine(person):
+            return [
+                (each["type"], each["user"]) for each in person.others[1:] if tag in each["user"]
             ]
+
+        await zoe.connect("new")
+        ada.chat = second
+        await ada.connect("new")
+        await zoe.until(lambda: ada.login in zoe.online())
+        async with ada.open(), eve.open() as ws:  # one more Ada is no news
+            [online] = await ws.receive_json()
+            assert [user for user in online["users"] if tag in user] == sorted(logins)
+            for each in (zoe, ada):
+                await each.until(lambda each=each: eve.login in each.online())
+        for each in (zoe, ada):
+            await each.until(lambda each=each: eve.login not in each.online())
+        # A reload: whatever is said of it, in the end everybody knows who is here.
+        eve.chat = third
+        for _ in range(3):
+            await eve.connect("new")
+        for each in (zoe, ada):
+            await each.until(lambda each=each: eve.login in each.online())
+        await ada.ws.close()
+        for each in (zoe, eve):
+            await each.until(lambda each=each: ada.login not in each.online())
+        assert mine(zoe)[:3] == [("joined", ada.login), ("joined", eve.login), ("left", eve.login)]
+        assert mine(zoe)[-1] == ("left", ada.login)
+
+
+@asynchronous
+async def test_users_of_a_killed_process_leave(replica_set):
+    """Promise 8: it could not say so itself (within 60 seconds, here with lowered limits)."""
+    uri, limits = replica_set(), {"PRESENCE_TTL": "timedelta(seconds=2)", "SYNC_INTERVAL": "0.5"}
+    async with (
+        Chat(MONGODB_URI=uri, limits=limits) as chat,
+        Chat(MONGODB_URI=uri, limits=limits, TZ="America/New_York") as killed,
+        people(chat, None, None, None) as [stays, goes, comes],
+    ):
+        await stays.connect()
+        goes.chat = killed
+        await goes.connect()
+        await stays.until(lambda: goes.login in stays.online())
+        await asyncio.sleep(3)  # longer than one sign of life lasts
+        assert goes.login in stays.online()
+        killed.kill()
+        await stays.until(lambda: goes.login not in stays.online())
+        await comes.connect()
+        await comes.until(lambda: comes.others)
+        assert comes.online() == {stays.login, comes.login}
 
 
 # ---------------------------------------------------------------------------
@@ -733,213 +1269,321 @@ async def test_who_is_online(mongo):
 
 
 @asynchronous
-async def test_everybody_has_everything(mongo):
-    """Promises 1 to 4 and 8: two processes, people who come and go, a process that is killed."""
-    uri, rng, sent = mongo(), random.Random(1), {}
-    with Chat(MONGODB_URI=uri) as chat, Chat(MONGODB_URI=uri) as second:
-        async with people(chat, *[None] * 12) as them:
-            for person in them[::2]:
-                person.chat = second
-            talking = [
-                asyncio.create_task(person.keep_talking(rng, sent, "run")) for person in them
-            ]
-            for moment in range(20):
-                await asyncio.sleep(0.2)
-                unlucky = rng.choice(them)
-                if unlucky.ws and not unlucky.ws.closed:
-                    unlucky.ws.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
-                if moment == 10:
-                    second.kill()
-                    second.start()
-            for task in talking:
-                task.cancel()
-            await asyncio.gather(*talking, return_exceptions=True)
-            for person in them:  # a last time, each with all its keys: nothing is stored twice
-                await person.connect()
-                for (login, key), text in sent.items():
-                    if login == person.login:
-                        await person.say(text, key)
-            truth = []
-            while len(truth) < len(sent):
-                await asyncio.sleep(0.1)
-                truth = stored(uri)
-            for person in them:
-                # What it sent again it has seen again: here each one counts once.
-                await person.until(
-                    lambda person=person: len({each["id"] for each in person.seen}) >= len(sent)
-                )
-                first = sorted({each["id"]: each for each in person.seen}.items())
-                person.seen = [each for _, each in first]
-                assert shown(person) == truth
-            assert [each[0] for each in truth] == list(range(1, len(sent) + 1))
-            assert {(user, key): text for _, user, key, text in truth} == sent
+async def test_everybody_has_everything(replica_set):
+    """Promises 1 to 4 and 8: people who come and go, on two processes; one is killed."""
+    uri, rng, sent = replica_set(), random.Random(1), {}
+    async with (
+        Chat(MONGODB_URI=uri) as chat,
+        Chat(MONGODB_URI=uri) as second,
+        people(chat, *[None] * 8) as them,
+    ):
+        for person in them[::2]:
+            person.chat = second
+        talking = [asyncio.create_task(each.keep_talking(rng, sent, "run", 0.1)) for each in them]
+
+        def sent_by(person):
+            return {key: text for (login, key), text in sent.items() if login == person.login}
+
+        for moment in range(16):
+            await asyncio.sleep(0.2)
+            unlucky = rng.choice(them)
+            if unlucky.ws and not unlucky.ws.closed:
+                unlucky.ws.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+            if moment == 8:
+                second.kill()
+                await asyncio.to_thread(second.start)
+        for task in talking:
+            task.cancel()
+        for result in await asyncio.gather(*talking, return_exceptions=True):
+            assert isinstance(result, asyncio.CancelledError), result
+        # Once more, all that each has sent: nothing may be stored twice.
+        for person in them:
+            await person.connect()
+            person.own = {}
+        await asyncio.gather(*(p.say(text, key) for p in them for key, text in sent_by(p).items()))
+        for person in them:
+            await person.until(lambda person=person: person.own.keys() == sent_by(person).keys())
+        truth = stored(uri)
+        assert [number for number, *_ in truth] == list(range(1, len(sent) + 1))
+        assert {(user, key): text for _, user, key, text in truth} == sent
+        for person in them:
+            # What a person has sent again it has seen again, so here each one counts once.
+            await person.until(lambda person=person: len(set(ids(person.seen))) == len(sent))
+            assert sorted(set(shown(person))) == truth
+            assert not person.errors
 
 
 @asynchronous
-async def test_order_is_the_same_live(mongo):
-    """Promise 2: without reconnecting, all lists are equal as they came, on two processes."""
-    uri = mongo()
-    with Chat(MONGODB_URI=uri) as chat, Chat(MONGODB_URI=uri) as second:
-        async with people(chat, *[None] * 10) as them:
-            for number, person in enumerate(them):
-                person.chat = (chat, second)[number % 2]
-                await person.connect()
-            await asyncio.gather(*(p.say(f"{n}") for n in range(60) for p in them))
-            for person in them:
-                await person.until(lambda person=person: len(person.seen) >= 600, 20)
-            truth = stored(uri)
-            assert [shown(person) for person in them] == [truth] * len(them)
-            assert not any(person.errors for person in them)
+async def test_one_order(three_chats):
+    """Promise 2: with no reconnecting, all lists are equal as they came, on three processes."""
+    async with people(three_chats[0], *[None] * 9) as them:
+        for number, person in enumerate(them):
+            person.chat = three_chats[number % 3]
+            await person.connect()
+        first = len(await history(them[0])) + 1
+        await asyncio.gather(*(each.say(f"{n}", f"{n}") for n in range(40) for each in them))
+        for person in them:
+            await person.until(lambda person=person: ids(person.seen)[-1:] == [first + 359])
+            assert person.seen == them[0].seen and not person.errors
+            own = [each["key"] for each in person.seen if each["user"] == person.login]
+            assert own == [f"{n}" for n in range(40)]  # in the order in which they were sent
+        assert ids(them[0].seen) == list(range(1, first + 360))
+        assert await history(them[0]) == them[0].seen
 
 
 @asynchronous
 async def test_kill_9_loses_nothing(house):
     """Promise 1, with the local database in the same process: ten people, `kill -9`, twice."""
     rng, sent = random.Random(2), {}
-    with Chat(house) as chat:
-        assert chat.printed[0].startswith("The local database: mongodb://")
-        async with people(chat, *[None] * 10) as them:
-            for run in range(2):
-                tasks = [
-                    asyncio.create_task(p.keep_talking(rng, sent, str(run), 0.01)) for p in them
-                ]
-                await asyncio.sleep(1)
-                chat.kill()
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                chat.start()
-            everything = await history(them[0])
-            assert [each["id"] for each in everything] == list(range(1, len(everything) + 1))
-            assert len(everything) > 100
-            for person in them:
-                assert person.seen and all(each in everything for each in person.seen)
+    async with Chat(house) as chat, people(chat, *[None] * 10) as them:
+        for run in range(2):
+            tasks = [asyncio.create_task(p.keep_talking(rng, sent, str(run), 0.01)) for p in them]
+            await asyncio.sleep(1)
+            await asyncio.to_thread(chat.kill)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.to_thread(chat.start)
+        everything = await history(them[0])
+        assert ids(everything) == list(range(1, len(everything) + 1))
+        for person in them:
+            assert person.seen and all(each in everything for each in person.seen)
 
 
 @asynchronous
 async def test_nothing_is_missed(chat):
-    """Promise 3: who comes back is sent all that it missed, however much, then what is new."""
+    """Promise 3: all that one missed comes first, however much, while others go on writing."""
     async with people(chat, None, None) as [writer, reader]:
-        await writer.connect(10**6)
-        before = len(await history(writer))
-        count = 1300  # more than the chat keeps in memory
+        await writer.connect("new")
+        count = 600  # many pages, and more than the chat keeps in memory
         for number in range(count):
-            await writer.say(f"{number}")
-        await writer.until(lambda: len(writer.seen) >= count, 30)
-        for after in (writer.seen[0]["id"], writer.seen[-20]["id"], writer.seen[-1]["id"]):
+            await writer.say(f"{number}", f"{number}")
+        await writer.until(lambda: len(writer.own) == count)
+
+        async def keep_writing():
+            for number in range(count, 10_000):
+                await writer.say(f"{number}", f"{number}")
+                await asyncio.sleep(0.005)
+
+        writing = asyncio.create_task(keep_writing())
+        for back in (600, 599, 250, 101, 51, 50, 20, 1, 0):
+            after = writer.seen[-1]["id"] - back
             reader.seen = []
             await reader.connect(after)
-            await writer.say("news")
-            want = [*range(after + 1, before + count + 1)]
-            await reader.until(lambda: reader.seen and reader.seen[-1]["text"] == "news", 20)
-            count += 1
-            assert [each["id"] for each in reader.seen][: len(want)] == want
-            await reader.ws.close()
+            newest = writer.seen[-1]["id"] + 10
+            await reader.until(lambda newest=newest: ids(reader.seen)[-1:] > [newest])
+            assert ids(reader.seen) == list(range(after + 1, reader.seen[-1]["id"] + 1))
+        assert not writing.done()
+        writing.cancel()
 
 
 @asynchronous
-async def test_stored_once(mongo):
+async def test_stored_once(three_chats):
     """Promise 4: the same key again, at once and later, from here and there."""
-    uri = mongo()
-    with Chat(MONGODB_URI=uri) as chat, Chat(MONGODB_URI=uri) as second:
-        async with people(chat, None, None) as [person, other]:
-            await person.connect()
-            for _ in range(5):
-                await person.say("once", "same key")
-            await person.until(lambda: len(person.seen) == 5)
-            assert len({each["id"] for each in person.seen}) == 1
-            person.chat = second
-            await person.connect()
-            await person.say("twice?", "same key")
-            await person.until(lambda: len(person.seen) == 6)
-            assert person.seen[-1] == person.seen[0]
-            await other.connect()
-            await other.say("mine", "same key")  # another user's key is another key
-            await other.until(lambda: len(other.seen) == 2)
-    assert [each[1:] for each in stored(uri)] == [
-        (person.login, "same key", "once"),
-        (other.login, "same key", "mine"),
-    ]
+    first, second, _ = three_chats
+    async with people(first, None, None) as [person, other]:
+        await person.connect("new")
+        await other.connect("new")
+        for _ in range(5):
+            await person.say("once", "same key")
+        await person.until(lambda: len(person.seen) == 5)
+        assert len(set(ids(person.seen))) == 1
+        person.chat = second
+        await person.connect("new")
+        await person.say("another text", "same key")
+        await person.until(lambda: len(person.seen) == 6)
+        assert person.seen[-1] == person.seen[0]
+        await other.post("mine", "same key")  # another user's key is another key
+        assert [each["text"] for each in other.seen] == ["once", "mine"]
+        assert [each["text"] for each in await history(other)][-2:] == ["once", "mine"]
+
+
+FLOODS = {
+    "messages": client_frame(b'{"text": "flood"}'),
+    "repeats": client_frame(b'{"text": "flood", "key": "the same"}'),
+    "nonsense": client_frame(b"nonsense"),
+    "pings": client_frame(b"", PING_FRAME),
+}
+
+
+@pytest.fixture(scope="module")
+def flooded_chat(mongo):
+    """A chat of its own, since other tests would have to read all those messages."""
+    with Chat(MONGODB_URI=mongo()) as it:
+        yield it
 
 
 @asynchronous
-async def test_slow_reader(chat):
-    """Promise 5: who does not read is cut off; the others do not notice; it comes back."""
-    async with people(chat, None, None, None) as [writer, reader, slow]:
-        await writer.connect(10**6)
-        await reader.connect(10**6)
-        ws = await slow.open(10**6, max_msg_size=0)
-        ws.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        ws._conn.transport.pause_reading()
-        longest = 0
-        for number in range(4000):
-            await writer.say("x" * 1900)
-            if number % 100 == 99:
-                start = time.monotonic()
-                own = (each for each in reader.seen if each["user"] == writer.login)
-                while sum(1 for _ in own) <= number and time.monotonic() < start + 20:
-                    await asyncio.sleep(0.02)
-                    own = (each for each in reader.seen if each["user"] == writer.login)
-                longest = max(longest, time.monotonic() - start)
-        assert longest < 2
-        ws._conn.transport.resume_reading()
-        got = 0
-        async with asyncio.timeout(10):  # else it was not cut off, and goes on for ever
-            async for frame in ws:
-                got += len(json.loads(frame.data))
-        assert ws.close_code == 1006 and got < 4000
-        slow.seen = [reader.seen[0]]
-        await slow.connect()
-        await slow.until(lambda: len(slow.seen) == len(reader.seen), 20)
-        assert slow.seen == reader.seen
+@pytest.mark.parametrize("reads", [True, False], ids=["reading", "not reading"])
+@pytest.mark.parametrize("kind", FLOODS)
+async def test_a_flood_holds_up_nobody(flooded_chat, kind, reads):
+    """Promise 5: whatever one client sends, another one's messages are shown in two seconds."""
+    async with people(flooded_chat, None, None) as [person, flooder]:
+        await person.connect("new")
+        with flooding(flooder, FLOODS[kind], reads, connections=3):
+            await asyncio.sleep(0.7)
+            seconds = [await person.post() for _ in range(5)]
+        assert statistics.median(seconds) < 2
 
 
 @asynchronous
-async def test_clean_end(house):
-    """Promise 6, on Ctrl-C: 1001, status 0, in time, though somebody does not read."""
-    with Chat(house) as chat:
-        async with people(chat, *[None] * 4) as [*them, deaf]:
-            for person in them:
-                await person.connect()
-            ws = await deaf.open(None, max_msg_size=0)
-            ws._conn.transport.pause_reading()
-            for number in range(400):
-                await them[0].say("x" * 1000, f"{number}")
-            await asyncio.sleep(0.2)
-            start = time.monotonic()
-            chat.process.send_signal(signal.SIGINT)
-            assert await asyncio.to_thread(chat.process.wait, 5) == 0
-            assert time.monotonic() - start < 5
-            for person in them:
-                await person.reading
-                assert person.ws.close_code == 1001
-            answered = len(them[0].seen) + len(them[0].errors)
-            assert answered > 0 and not them[0].errors
-            chat.start()
-            assert len(await history(them[1])) == len(them[1].seen)
+async def test_a_busy_process_leaves_others_their_turn(replica_set):
+    """Promises 5 and 8: the same for one person on another process than the flood's."""
+    uri = replica_set()
+    async with (
+        Chat(MONGODB_URI=uri) as chat,
+        Chat(MONGODB_URI=uri) as busy_chat,
+        people(chat, None, None) as [quiet, flooder],
+    ):
+        flooder.chat = busy_chat
+        await quiet.connect("new")
+        with flooding(flooder, FLOODS["messages"], connections=8):
+            await asyncio.sleep(0.7)
+            seconds = [await quiet.post() for _ in range(5)]
+        assert statistics.median(seconds) < 2
 
 
 @asynchronous
-async def test_clean_end_under_load(mongo):
+async def test_costly_logins_hold_up_nobody(chat):
+    """Promise 5: a login that would take seconds to normalize is cut before that."""
+    async with people(chat, None, None) as [person, bad]:
+        await person.connect("new")
+        login = "a" + "\u0300\u0316" * 15_000
+
+        ended = asyncio.Event()
+
+        async def keep_trying(path):
+            while not ended.is_set():
+                form = aiohttp.FormData({"login": login}, default_to_multipart=True)
+                assert (await bad.ask(path, "POST", data=form)).status != 413
+
+        trying = asyncio.gather(*(keep_trying(path) for path in ("/login", "/signup") * 2))
+        await asyncio.sleep(0.3)
+        seconds = [await person.post() for _ in range(5)]
+        ended.set()
+        await trying
+        assert statistics.median(seconds) < 2
+
+
+@asynchronous
+async def test_slow_reader(mongo):
+    """Promise 5: one that reads slowly catches up and stays, whatever the longest messages."""
+    async with Chat(MONGODB_URI=mongo()) as chat, people(chat, None, None) as [person, slow]:
+        await person.connect()
+        for number in range(200):  # 2.4 MB
+            await person.say(LONGEST, f"{number}")
+        await person.until(lambda: len(person.own) == 200)
+        with RawClient(slow, 0, small=True) as client:
+            client.rate = 1_500_000
+            catching_up = asyncio.create_task(asyncio.to_thread(client.numbers, 230))
+            for _ in range(30):
+                await person.post()
+                await asyncio.sleep(0.1)
+            async with asyncio.timeout(60):
+                assert await catching_up == list(range(1, 231))
+
+
+@asynchronous
+async def test_one_that_stops_reading(mongo):
+    """Promise 5: it is cut off when about 1 MB waits for it, not sooner, and comes back."""
+    async with Chat(MONGODB_URI=mongo()) as chat, people(chat, None, None) as [person, deaf]:
+        await person.connect()
+        with RawClient(deaf, small=True) as client:
+            for _ in range(50):  # 600 KB
+                await person.post(LONGEST)
+            assert await asyncio.to_thread(client.numbers, 50) == list(range(1, 51))
+        with RawClient(deaf, small=True) as client:
+            for _ in range(130):  # 1.5 MB
+                await person.post(LONGEST)
+            with pytest.raises((EOFError, ConnectionError)):
+                await asyncio.to_thread(client.numbers, 130)
+        await deaf.connect(50)
+        await deaf.until(lambda: len(deaf.seen) == 130)
+        assert ids(deaf.seen) == list(range(51, 181))
+
+
+@asynchronous
+async def test_pings_without_reading(chat):
+    """Promise 5: pongs that nobody reads do not fill the chat's memory."""
+    pings = client_frame(b"x" * 125, PING_FRAME) * 500
+    async with people(chat, None) as [person]:
+        with RawClient(person, small=True) as client:
+
+            def ping():
+                end = time.monotonic() + PATIENCE
+                while time.monotonic() < end:
+                    client.socket.sendall(pings)
+                    time.sleep(0.01)
+
+            with pytest.raises(ConnectionError):
+                await asyncio.to_thread(ping)
+
+
+@asynchronous
+@pytest.mark.parametrize("reason, code", [("log-out", 1008), ("end", 1001)])
+async def test_everything_arrives_before_the_close(mongo, reason, code):
+    """Promise 5: however much waits for a client when it is closed, it gets all of it first."""
+    limits = {"CLOSE_TIMEOUT": "3"}  # enough for all of them on a busy machine
+    async with (
+        Chat(MONGODB_URI=mongo(), limits=limits) as chat,
+        people(chat, None, None) as [person, reader],
+    ):
+        # Each client has missed 12 KB more than the next one. The first ones miss more than the
+        # kernel takes, so that different amounts, up to some 300 KB, wait in the chat.
+        await person.connect()
+        clients = []
+        for _ in range(32):
+            clients.append(RawClient(reader, small=True))
+            await person.post(LONGEST)
+        if reason == "log-out":
+            await reader.ask("/logout", "POST")
+        else:
+            chat.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.7)  # they begin to read when the close has begun
+        with ThreadPoolExecutor(len(clients)) as pool:
+            loop = asyncio.get_running_loop()
+            reading = [loop.run_in_executor(pool, each.events_to_the_end) for each in clients]
+            results = await asyncio.gather(*reading)
+        for missed, (client, events) in enumerate(zip(clients, results, strict=True)):
+            assert client.close_code == code
+            assert ids(events) == list(range(missed + 1, 33))
+        if reason == "end":
+            assert await asyncio.to_thread(chat.wait, 5) == 0
+
+
+@asynchronous
+@pytest.mark.parametrize("local", [False, True], ids=["SIGTERM", "Ctrl-C"])
+async def test_clean_end(mongo, house, local):
     """Promise 6, while many send without pause: each message is stored, or answered."""
-    async with Chat(MONGODB_URI=mongo()) as chat, contextlib.AsyncExitStack() as stack:
-        them = await stack.enter_async_context(people(chat, *[None] * 8))
+    settings = {"folder": house} if local else {"MONGODB_URI": mongo()}
+    async with Chat(**settings) as chat, people(chat, *[None] * 7) as [deaf, *them]:
+        sent = Counter()
 
         async def flood(person):
             await person.connect()
             with contextlib.suppress(OSError, aiohttp.ClientError):
-                while True:
-                    await asyncio.gather(*(person.say("x") for _ in range(50)))
+                for number in range(1_000_000):
+                    sent[person.login] += 1
+                    await person.say(TEXT, f"{number}")
+                    await asyncio.sleep(0)
 
-        floods = [asyncio.create_task(flood(person)) for person in them]
-        await asyncio.sleep(1)
-        chat.process.send_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(chat.process.wait, 5) == 0
-        for each in floods:
-            each.cancel()
+        with RawClient(deaf, small=True):
+            floods = [asyncio.create_task(flood(person)) for person in them]
+            await asyncio.sleep(1)
+            assert await chat.end(signal.SIGINT if local else signal.SIGTERM, 5) == 0
+            async with asyncio.timeout(PATIENCE):
+                await asyncio.gather(*floods)
+            assert [await person.closed() for person in them] == [1001] * 6
+        await asyncio.to_thread(chat.start)
+        everything = await history(them[0])
+        assert ids(everything) == list(range(1, len(everything) + 1))
         for person in them:
-            await person.reading
-            assert person.ws.close_code in (1001, 1006)
+            kept = {int(each["key"]) for each in everything if each["user"] == person.login}
+            refused = {int(each["key"]) for each in person.errors}
+            # What was not read was sent last: before it there is nothing without an answer.
+            assert kept | refused == set(range(len(kept | refused)))
+            assert kept and len(kept | refused) <= sent[person.login]
+            assert {int(key) for key in person.own} == kept
 
 
 # ---------------------------------------------------------------------------
@@ -947,148 +1591,434 @@ async def test_clean_end_under_load(mongo):
 # ---------------------------------------------------------------------------
 
 
+async def together(**scenarios):
+    """Run what mostly waits at the same time. One that fails leaves the others alone."""
+    results = await asyncio.gather(*scenarios.values(), return_exceptions=True)
+    failed = {n: e for n, e in zip(scenarios, results, strict=True) if isinstance(e, Exception)}
+    if failed:
+        raise ExceptionGroup(", ".join(failed), list(failed.values()))
+
+
+async def switch(fault, proxy, server, works):
+    """Let the database fail, or work again."""
+    if fault == "cut":
+        await (proxy.open() if works else proxy.cut())
+    elif fault == "silent":
+        proxy.silent = not works
+    else:
+        await asyncio.to_thread(server.start if works else server.kill)
+
+
+async def send_again(person, texts):
+    """Send messages once more, also those that were shown; then what is not shown, until it is."""
+    end, missing = time.monotonic() + PATIENCE, texts.keys()
+    while missing:
+        assert time.monotonic() < end, (missing, person.errors[-2:])
+        for key in sorted(missing):
+            await person.say(texts[key], key)
+        with contextlib.suppress(AssertionError):
+            await person.until(lambda: texts.keys() <= person.own.keys(), 1)
+        missing = texts.keys() - person.own.keys()
+
+
+async def everything_once(reader, keys):
+    """Wait for the last of these messages; the reader has then seen the history, each once."""
+    await reader.until(lambda: reader.seen and reader.seen[-1]["key"] == keys[-1])
+    assert reader.seen == await history(reader)
+    assert ids(reader.seen) == [*range(1, len(keys) + 1)]
+    assert sorted(each["key"] for each in reader.seen) == sorted(keys)
+
+
 @asynchronous
-async def test_the_database_fails(tmp_path_factory):
+async def test_the_database_fails(replica_set, tmp_path):
+    """Promises 6 and 7: cut off, silent, killed, without a primary: while it lasts and after."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(20))  # all wait at once
+    with Mongo(tmp_path / "a") as server, Mongo(tmp_path / "b") as other_server:
+        await together(
+            cut=database_fails(replica_set(), "cut"),
+            silent=database_fails(replica_set(), "silent"),
+            killed=database_fails(server.uri("chat"), "killed", server),
+            end_when_cut=chat_ends(replica_set(), "cut"),
+            end_when_silent=chat_ends(replica_set(), "silent"),
+            end_when_killed=chat_ends(other_server.uri("chat"), "killed", other_server),
+            end_with_a_backlog=chat_ends_with_a_backlog(replica_set()),
+            election=no_primary(replica_set()),
+        )
+
+
+async def database_fails(uri, fault, server=None):
     """Promise 7: 503 and errors in time; then all goes on, and nothing is stored twice."""
-    faults = ("cut", "deaf", "killed")
-    await asyncio.gather(*(database_fails(tmp_path_factory.mktemp(each), each) for each in faults))
+    async with Proxy(uri) as proxy, chat_behind(proxy) as (chat, [person, other]):
+        await person.post(key="before")
+        await other.until(lambda: other.seen)
+        logged = len(chat.printed)
+        await switch(fault, proxy, server, works=False)
+        start = time.monotonic()
+        texts = {key: f"{TEXT} {key}" for key in ("a", "b", "c", "d")}
+        for key, text in texts.items():
+            await person.say(text, key)
+        async with Person(chat) as stranger:
+            paths = ["/", "/messages?before=1", "/ws?after=1"] * 10
+            pages = [other.ask(path) for path in paths] + [stranger.form("/login")]
+            forms = [each.ask("/login") for each in (stranger, other)]
+            answers = await asyncio.gather(stranger.ask("/static/chat.js"), *forms, *pages)
+        assert [each.status for each in answers] == [200] * 3 + [503] * len(pages)
+        assert time.monotonic() - start < 10
+        await person.until(lambda: len(person.errors) == 4, start + 10 - time.monotonic())
+        assert {each["key"] for each in person.errors} == texts.keys()
+        assert not person.reading.done() and not other.reading.done()  # still connected
+        assert len(chat.printed) > logged  # it says what failed
+        await switch(fault, proxy, server, works=True)
+        await send_again(person, texts)
+        await other.post(key="after")
+        await everything_once(other, ["before", *texts, "after"])
+        assert not other.errors and (await other.ask("/")).status == 200
 
 
-async def database_fails(folder, fault):
-    with Mongo(folder) as mongo:
-        async with Proxy(mongo.port) as proxy:
-            uri = mongo.uri("chat", proxy.port)
-            async with (
-                Chat(MONGODB_URI=uri) as chat,
-                people(chat, None, None) as [person, other],
-            ):
-                await person.connect()
-                await other.connect()
-                await person.say("before", "1")
-                await other.until(lambda: other.seen)
-                if fault == "cut":
-                    await proxy.cut()
-                elif fault == "deaf":
-                    proxy.deaf = True
-                else:
-                    mongo.kill()
-                start = time.monotonic()
-                await person.say("meanwhile", "2")
-                async with Person(chat) as stranger:
-                    assert (await stranger.ask("/login")).status == 200
-                assert time.monotonic() - start < 1
-                pages = ["/", "/messages?before=1", "/ws?after=1"] * 10
-                answers = await asyncio.gather(*(other.ask(path) for path in pages))
-                assert {answer.status for answer in answers} == {503}
-                assert time.monotonic() - start < 10
-                assert '<link rel="stylesheet"' in await answers[0].text()
-                assert (await other.ask("/login")).status == 200  # with a cookie, too
-                assert (await other.ask("/static/chat.js")).status == 200
-                await person.until(lambda: person.errors)
-                assert person.errors[0]["key"] == "2"
-                assert time.monotonic() - start < 10
-                assert not person.ws.closed and not other.ws.closed
-                if fault == "cut":
-                    await proxy.open()
-                elif fault == "deaf":
-                    await proxy.cut()
-                    await proxy.open()
-                else:
-                    mongo.start()
-                person.errors = []
-                for _ in range(10):
-                    await person.say("meanwhile", "2")
-                    await asyncio.sleep(1)
-                    if len(person.seen) > 1:
-                        break
-                await other.say("after", "3")
-                await other.until(lambda: other.seen[-1]["text"] == "after")
-                assert [each["text"] for each in other.seen] == ["before", "meanwhile", "after"]
-                assert (await other.ask("/")).status == 200
-                direct = mongo.uri("chat")
-                assert shown(other) == stored(direct)
+async def chat_ends(uri, fault, server=None):
+    """Promise 6: in time and with status 0, after failing for a moment or for a while."""
+    async with (
+        Proxy(uri) as proxy,
+        chat_behind(proxy, 1) as (first, [early]),
+        chat_behind(proxy, 1) as (second, [late]),
+    ):
+        await switch(fault, proxy, server, works=False)
+        await together(
+            at_once=chat_ends_well(first, early, 0), later=chat_ends_well(second, late, 4)
+        )
+
+
+async def chat_ends_well(chat, person, seconds):
+    """What is sent for so many seconds, until the chat has to end, is answered."""
+    end, sent = time.monotonic() + seconds, []
+    while not sent or time.monotonic() < end:
+        sent.append(f"{len(sent)}")
+        await person.say(TEXT, sent[-1])
+        await asyncio.sleep(0.3)
+    assert await chat.end(signal.SIGTERM, 10) == 0
+    assert await person.closed() == 1001
+    assert [each["key"] for each in person.errors] == sent
+
+
+async def chat_ends_with_a_backlog(uri):
+    """Promise 6: on each connection the first messages, those that were read, are answered."""
+    async with (
+        Proxy(uri) as proxy,
+        chat_behind(proxy, 1) as (chat, [person]),
+        twins(person, 60) as them,
+    ):
+        proxy.silent = True
+        for each in them:
+            for number in range(10):
+                await each.say(TEXT, f"{number}")
+        await asyncio.sleep(0.5)
+        assert await chat.end(signal.SIGTERM, 10) == 0
+        for each in them:
+            assert await each.closed() == 1001
+            answered = [error["key"] for error in each.errors]
+            assert answered and answered == [f"{n}" for n in range(len(answered))]
+
+
+async def no_primary(uri):
+    """Promise 7: a replica set elects a primary, for 6 s while the chat starts, and later."""
+    until = None
+
+    def answer(command, reply):
+        nonlocal until
+        until = until or time.monotonic() + 6  # after the first question
+        electing = time.monotonic() < until
+        if "ismaster" in reply:
+            reply.pop("topologyVersion", None)  # else the driver waits to be told of changes
+            if electing:
+                reply.pop("primary", None)
+                reply |= {"isWritablePrimary": False, "ismaster": False, "secondary": True}
+        elif electing:  # and what was asked for may have happened all the same
+            name, labels = "InterruptedDueToReplStateChange", ["RetryableWriteError"]
+            reply = {"ok": 0.0, "errmsg": name, "code": 11602, "errorLabels": labels}
+        return reply
+
+    async with Proxy(uri) as proxy:
+        proxy.answer, start = answer, time.monotonic()
+        async with chat_behind(proxy, uri=proxy.discovered_uri()) as (_, [person, other]):
+            assert time.monotonic() - start > 6
+            await person.post(key="before")
+            until = (start := time.monotonic()) + 4
+            texts = {key: f"{TEXT} {key}" for key in ("a", "b", "c", "d")}
+            for key, text in texts.items():
+                await person.say(text, key)
+            await person.until(  # each is shown, or answered with an error
+                lambda: len(person.errors) + len(person.own) > 4, start + 10 - time.monotonic()
+            )
+            await send_again(person, texts)
+            await other.post(key="after")
+            await everything_once(other, ["before", *texts, "after"])
 
 
 @asynchronous
-async def test_slow_database_and_a_lost_answer(tmp_path):
-    """Promise 7: stored, but the answer got lost: everybody sees it, once."""
-    with Mongo(tmp_path) as mongo:
+async def test_stored_but_not_acknowledged(replica_set):
+    """Promise 7: an answer gets lost, or says that a majority did not acknowledge in time."""
+    keys = ["lost", "lost as long as it tries", "64", "100", "91", "189", "14031"]  # codes
+    times = dict.fromkeys(keys, 1) | {"lost as long as it tries": 10**9}
+
+    def answer(command, reply):
+        key = command.document.get("documents", [{}])[0].get("key")
+        if times.get(key, 0) == 0:
+            return reply
+        times[key] -= 1
+        if key.startswith("lost"):
+            return None
+        error = {"code": int(key), "codeName": f"Code{key}", "errmsg": "not in time"}
+        if key == "14031":  # no space on the disk: the driver's exception quotes the message
+            return reply | {"writeErrors": [error | {"index": 0}]}
+        labels = ["RetryableWriteError"] if key in ("91", "189") else []
+        return reply | {"writeConcernError": error, "errorLabels": labels}
+
+    limits = {"DATABASE_TIMEOUT": "1"}
+    async with (
+        Proxy(replica_set()) as proxy,
+        chat_behind(proxy, 2, limits) as (chat, [person, other]),
+    ):
+        proxy.answer = answer
+        for key in keys:
+            await person.say(TEXT, key)
+            await person.until(lambda key=key: person.errors or key in person.own)
+            told = [] if key in ("lost", "91", "189") else [key]  # the driver tried again
+            assert [each["key"] for each in person.errors] == told
+            times[key] = 0
+            await other.until(lambda key=key: other.seen and other.seen[-1]["key"] == key)
+            await send_again(person, {key: TEXT})
+            person.errors.clear()
+        await everything_once(other, keys)
+        assert "IndexError" not in "".join(chat.printed)
+
+
+@asynchronous
+async def test_repeated_keys(mongo):
+    """Promise 5: who sends the same again and again holds up nobody, on a distant database."""
+    async with Proxy(mongo()) as proxy, chat_behind(proxy, 3) as (_, [first, second, honest]):
+        await first.post(key="same")
+        await second.post(key="same")
+        async with twins(first, 60) as some, twins(second, 60) as more:
+            proxy.delay = 0.0025  # there and back in 5 ms
+            for each in some + more:
+                for _ in range(3):
+                    await each.say(TEXT, "same")
+            slowest = max([await honest.post() for _ in range(3)])
+            assert slowest < 2 and not honest.errors
+            for each in some + more:  # its own message with the rest, and three times as an answer
+                own = each.own["same"]["id"]
+                await each.until(lambda each=each, own=own: ids(each.seen).count(own) == 4)
+                assert set(ids(each.seen)) <= {1, 2, 3, 4, 5} and not each.errors
+
+
+@asynchronous
+@pytest.mark.parametrize("fault", ["lost", "empty", "refused"])
+async def test_a_failed_look_up(mongo, fault):
+    """Promise 5: when a repeated message cannot be looked up, others are stored all the same."""
+    failed = []
+
+    def answer(command, reply):
+        by_key = command.name == "find" and "'key':" in str(command.document["filter"])
+        if failed or not by_key:
+            return reply
+        failed.append(command)
+        if fault == "empty":
+            reply["cursor"]["firstBatch"] = []
+        elif fault == "refused":
+            reply = {"ok": 0.0, "errmsg": "", "code": 50, "codeName": "MaxTimeMSExpired"}
+        return None if fault == "lost" else reply
+
+    async with Proxy(mongo()) as proxy, chat_behind(proxy, 3) as (_, [first, person, honest]):
+        await person.post(key="same")
+        proxy.delay, proxy.answer = 0.05, answer
+        await first.say(TEXT)  # while it is stored, the others gather
+        await asyncio.sleep(0.05)
+        await person.say(TEXT, "same")
+        await asyncio.sleep(0.02)
+        await honest.say(TEXT)
+        await honest.until(lambda: honest.own or honest.errors)
+        assert failed and not honest.errors
+        await person.until(lambda: person.errors or ids(person.seen).count(1) > 1)
+
+
+@asynchronous
+async def test_catching_up(mongo):
+    """Promise 3: a page may end early, as after a failover; others write while somebody comes."""
+    lengths = []
+
+    def answer(command, reply):
+        if command[:2] == ("find", "messages") and lengths and reply["cursor"]["firstBatch"]:
+            del reply["cursor"]["firstBatch"][lengths.pop(0) :]
+        return reply
+
+    limits = {"PAGE_SIZE": "10"}
+    async with Proxy(mongo()) as proxy, chat_behind(proxy, 2, limits) as (_, [writer, reader]):
+        proxy.answer, coming = answer, [Twin(reader) for _ in range(20)]
+        for _ in range(55):
+            await writer.post()
+        for pages in ([7], [0], [10, 3], [1, 0]):
+            reader.seen, lengths[:] = writer.seen[:2], pages
+            while len(reader.seen) < 55:
+                await reader.connect()
+                await reader.until(lambda: len(reader.seen) >= 55 or reader.reading.done())
+                assert len(reader.seen) >= 55 or reader.ws.close_code == 1013  # come back!
+            assert reader.seen == writer.seen and not lengths
+
+        async def come():
+            for each in coming:
+                await each.connect("")
+                await asyncio.sleep(0.03)
+
+        proxy.delay, arriving = 0.01, asyncio.create_task(come())
+        while not arriving.done():
+            await writer.post()
+        await writer.post(key="last")
+        for each in coming:
+            await each.until(lambda each=each: each.seen and each.seen[-1]["key"] == "last")
+            assert each.seen == writer.seen
+            await each.stop_reading()
+
+
+def without_news(command, reply):
+    """A change stream that stays open, and tells of nothing."""
+    if command.name == "getMore" and command.collection == "$cmd.aggregate":
+        reply["cursor"]["nextBatch"] = []
+    return reply
+
+
+@asynchronous
+@pytest.mark.parametrize("index", [{"_id": 1}, {"user": 1, "key": 1}], ids=["number", "key"])
+async def test_number_and_key_are_taken(replica_set, index):
+    """Promise 4: a message was stored by another process: whichever index MongoDB checks first."""
+    refused = []
+
+    def answer(command, reply):
+        for error in reply.get("writeErrors", ()):
+            document = command.document["documents"][error["index"]]
+            if document.get("key") == "same" and not refused:
+                refused.append(document)
+                values = {name: document[name] for name in index}
+                error |= {"keyPattern": index, "keyValue": values, "errmsg": f"E11000 {values}"}
+        return without_news(command, reply)
+
+    async with (
+        Proxy(replica_set()) as proxy,
+        chat_behind(proxy) as (_, [person, other]),
+        Chat(MONGODB_URI=proxy.parts.geturl()) as second,
+        Person(second, person.login) as elsewhere,
+    ):
+        proxy.answer = answer
+        await elsewhere.form("/login")
+        await elsewhere.connect()
+        await person.post(key="first")
+        await elsewhere.until(lambda: elsewhere.seen)
+        await elsewhere.post(key="same")
+        await asyncio.gather(person.say(TEXT, "same"), other.post(key="new"))
+        for each in (other, elsewhere):
+            await everything_once(each, ["first", "same", "new"])
+        # Its sender has seen it with all the others, and as the answer.
+        await person.until(lambda: len(person.seen) > 3)
+        assert sorted(ids(person.seen)) == [1, 2, 2, 3] and not person.errors and refused
+
+
+@asynchronous
+async def test_options_are_overruled(replica_set):
+    """Promise 7: nothing in the connection string weakens it, and `admin` is not used."""
+    limits = {"SYNC_INTERVAL": "60"}  # so what another process does is heard, or missed
+    async with Proxy(replica_set()) as proxy:
+        uri = proxy.discovered_uri().replace(proxy.parts.path, "/admin")
+        uri += "&" if "?" in uri else "?"
+        uri += "readPreference=secondaryPreferred&w=0&journal=false&retryWrites=false"
         async with (
-            Proxy(mongo.port) as proxy,
-            Chat(MONGODB_URI=mongo.uri("chat", proxy.port)) as chat,
-            people(chat, None, None) as [person, other],
+            chat_behind(proxy, 2, limits, uri) as (_, [person, other]),
+            chat_behind(proxy, 1, limits, uri) as (_, [elsewhere]),
         ):
-            await person.connect()
-            await other.connect()
-            proxy.delay = 0.2
-            await person.say("slowly", "1")
-            await other.until(lambda: other.seen)
-            # Another process, straight at the database, takes the next number;
-            # this is as well what a lost answer of our own looks like.
-            with pymongo.MongoClient(mongo.uri("chat")) as client:
-                message = client.chat.messages.find_one({"_id": 1})
-                message |= {"_id": 2, "key": "2", "text": "unheard"}
-                client.chat.messages.insert_one(message)
-            await person.say("unheard", "2")
-            await other.until(lambda: len(other.seen) == 2, 15)
-            await person.until(lambda: [e["id"] for e in person.seen].count(2) == 2)
-            assert [each["text"] for each in other.seen] == ["slowly", "unheard"]
+            await person.post()
+            await elsewhere.until(lambda: elsewhere.seen)
+            await other.ask("/logout", "POST")
+            assert await other.closed() == 1008
+    seen = set()
+    for name, collection, document in proxy.commands:
+        seen.add((name, collection))
+        assert document.get("$db") != "admin" or name in NO_OPERATIONS, name
+        assert document.get("$readPreference", {"mode": "primary"})["mode"] == "primary", name
+        if name in ("insert", "update", "delete", "createIndexes"):
+            assert document["writeConcern"] == {"w": "majority", "j": True}, name
+        if name in ("insert", "update"):
+            assert document["txnNumber"], name  # so MongoDB carries it out once
+    assert {("insert", "messages"), ("insert", "users"), ("find", "messages")} <= seen
+
+
+# What drivers say among themselves, and what waits for changes.
+NO_OPERATIONS = {"hello", "ismaster", "isMaster", "ping", "saslStart", "saslContinue"}
+NO_OPERATIONS |= {"endSessions", "getMore", "killCursors"}
 
 
 @asynchronous
-async def test_ends_while_the_database_is_silent(tmp_path):
-    """Promise 6: within 10 seconds, with status 0."""
-    with Mongo(tmp_path) as mongo:
-        async with (
-            Proxy(mongo.port) as proxy,
-            Chat(MONGODB_URI=mongo.uri("chat", proxy.port)) as chat,
-            people(chat, None) as [person],
-        ):
-            await person.connect()
-            proxy.deaf = True
-            await person.say("unheard", "1")
-            await asyncio.sleep(0.3)
-            chat.process.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(chat.process.wait, 10) == 0
-            await person.reading
-            assert [each["key"] for each in person.errors] == ["1"]
-            assert person.ws.close_code == 1001
+async def test_operations_for_each_message(replica_set):
+    """The work of the database for one message, with 1, 2, 4 and 8 processes."""
+    at_most = {1: 1.2, 2: 2.5, 4: 5, 8: 9}
+    counts = await asyncio.gather(*(operations(replica_set(), number) for number in at_most))
+    counts = dict(zip(at_most, counts, strict=True))
+    assert all(0 < counts[number] <= at_most[number] for number in at_most), counts
+
+
+async def operations(uri, processes):
+    """Operations for each message that somebody sends, while nothing else happens."""
+    limits = {"SYNC_INTERVAL": "30"}
+    async with Proxy(uri) as proxy, contextlib.AsyncExitStack() as stack:
+        chats = [Chat(MONGODB_URI=proxy.uri, limits=limits) for _ in range(processes)]
+        await asyncio.gather(*(stack.enter_async_context(each) for each in chats))
+        [person] = await stack.enter_async_context(people(chats[0], None))
+        await person.connect()
+
+        async def settled():
+            """Wait until all is quiet: how many operations there were."""
+            count, before = 0, -1
+            while count > before:
+                await asyncio.sleep(0.6)
+                before = count
+                count = sum(each.name not in NO_OPERATIONS for each in proxy.commands)
+            return count
+
+        before = await settled()
+        for _ in range(20):
+            await person.say(TEXT)
+            await asyncio.sleep(0.1)
+        return (await settled() - before) / 20
 
 
 @asynchronous
-async def test_a_killed_process_leaves(mongo):
-    """Promise 8: its users have left within 60 seconds (here the clock is turned)."""
-    uri = mongo()
-    with Chat(MONGODB_URI=uri) as chat, Chat(MONGODB_URI=uri) as second:
-        async with people(chat, None, None) as [stays, goes]:
-            await stays.connect()
-            goes.chat = second
-            await goes.connect()
-            joined = {"type": "joined", "user": goes.login}
-            await stays.until(lambda: joined in stays.others)
-            second.kill()
-            with pymongo.MongoClient(uri) as client:
-                [entry] = client.get_default_database().online.find({"users": goes.login})
-                left = entry["until"].timestamp() - time.time()
-                assert 15 < left < 45  # and it looks every 10 s
-                gone = {"$set": {"until": entry["until"].replace(year=2020)}}
-                client.get_default_database().online.update_one({"_id": entry["_id"]}, gone)
-            await stays.until(lambda: {"type": "left", "user": goes.login} in stays.others, 15)
+async def test_the_change_stream_tells_nothing(replica_set):
+    """Promise 8: what other processes do is noticed all the same, a bit later."""
+    limits = {"SYNC_INTERVAL": "1"}
+    async with (
+        Proxy(replica_set()) as proxy,
+        chat_behind(proxy, 2, limits) as (_, [person, other]),
+        Chat(MONGODB_URI=proxy.parts.geturl()) as second,
+    ):
+        proxy.answer = without_news
+        elsewhere = Twin(person)
+        elsewhere.chat = second
+        await elsewhere.connect()
+        await elsewhere.post()
+        await other.until(lambda: other.seen)
+        await elsewhere.ask("/logout", "POST")
+        assert await person.closed() == 1008
+        assert await elsewhere.closed() == 1008
 
 
 @asynchronous
 async def test_without_change_streams(tmp_path):
     """Promise 8: on a MongoDB that has none it says so, and runs as one process."""
-    with Mongo(tmp_path, "--standalone") as mongo, Chat(MONGODB_URI=mongo.uri("chat")) as chat:
-        [line] = [line for line in chat.printed if "change streams" in line]
-        assert "single process" in line
-        async with people(chat, None, None) as [person, other]:
-            await person.connect()
-            await other.connect()
-            await person.say("hello")
+    with Mongo(tmp_path, "--standalone") as server:
+        async with chat_behind(None, uri=server.uri("chat")) as (chat, [person, other]):
+            [line] = [each for each in chat.printed if "change streams" in each]
+            assert "process" in line
+            await person.post()
             await other.until(lambda: other.seen)
             await other.ask("/logout", "POST")
-            await other.until(lambda: other.ws.close_code == 1008)
+            assert await other.closed() == 1008
             left = {"type": "left", "user": other.login}
             await person.until(lambda: left in person.others)
 
@@ -1097,52 +2027,109 @@ async def test_without_change_streams(tmp_path):
 # Settings, and Heroku
 # ---------------------------------------------------------------------------
 
-SECRET = "pass/word@secret"
+
+def ends_with_one_line(chat, hint, seconds=10):
+    """The chat ends in time, with status 1 and one line that has the hint and no secret."""
+    settings = {name: chat.env[name] for name in SETTINGS & chat.env.keys()}
+    try:
+        status = chat.spawn().wait(seconds)
+    except subprocess.TimeoutExpired:
+        status = f"still running after {seconds} s"
+    finally:
+        chat.kill()
+    lines = chat.printed
+    assert status == 1 and len(lines) == 1, (settings, status, lines)
+    assert lines[0].startswith("chat.py: ") and hint in lines[0], (settings, lines)
+    for hidden in ("Traceback", "secret@", "word@", "fifteen", "hunter2"):
+        assert hidden not in lines[0].lower(), lines
+
+
+UNREACHABLE = "mongodb://127.0.0.1:1/"
 
 
 def test_settings_that_cannot_work(mongo):
-    uri, srv = mongo(), "mongodb+srv://me:secret@nowhere.invalid/chat"
-    wrong = [
-        ({"MONGODB_URI": uri, "PORT": "http"}, "PORT"),
-        ({"MONGODB_URI": uri, "PORT": "70000"}, "PORT"),
-        ({"MONGODB_URI": uri, "PORT": "-1"}, "PORT"),
-        ({"MONGODB_URI": uri, "HOST": "192.0.2.1"}, "HOST"),
-        ({"MONGODB_URI": uri, "HOST": "no such host"}, "HOST"),
-        ({"MONGODB_URI": uri, "SECRET_KEY": "fifteen letters"}, "SECRET_KEY"),
-        ({"MONGODB_URI": f"mongodb://me:{SECRET}@127.0.0.1/chat"}, "MONGODB_URI"),
-        ({"MONGODB_URI": "mongodb://u:12/x?hunter2Secret=1@127.0.0.1:1/"}, "MONGODB_URI"),
-        ({"MONGODB_URI": "mongodb://127.0.0.1:1/chat"}, "MONGODB_URI"),
-        ({"MONGODB_URI": srv}, "MONGODB_URI"),
-        ({"MONGODB_URI": "postgres://localhost"}, "MONGODB_URI"),
-    ]
+    """Each one ends the program in time, with one line that names the setting."""
+    uri, soon = mongo(), {"START_TIMEOUT": "2"}  # instead of 20 s
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and says nothing
-        address = f"mongodb://127.0.0.1:{silent.getsockname()[1]}/"
-        wrong.append(({"MONGODB_URI": address}, "MONGODB_URI"))
-        chats = [(Chat(**settings), hint) for settings, hint in wrong]
-        for chat, _ in chats:
-            chat.spawn()
-        for chat, hint in chats:
-            ends_with_one_line(chat, hint)
+        port = silent.getsockname()[1]
+        wrong = [
+            ("PORT", Chat(MONGODB_URI=uri, PORT="http")),
+            ("PORT", Chat(MONGODB_URI=uri, PORT="70000")),
+            ("PORT", Chat(MONGODB_URI=uri, PORT="-1")),
+            ("PORT", Chat(MONGODB_URI=uri, PORT=str(port))),
+            ("HOST", Chat(MONGODB_URI=uri, HOST="192.0.2.1")),
+            ("HOST", Chat(MONGODB_URI=uri, HOST="no such host")),
+            ("SECRET_KEY", Chat(MONGODB_URI=uri, SECRET_KEY="fifteen letters")),
+        ]
+        for address, limits in (
+            ("postgres://localhost", None),
+            ("mongodb://me:pass/word@secret@127.0.0.1/chat", None),
+            ("mongodb://u:12/x?hunter2Secret=1@127.0.0.1:1/", soon),
+            (UNREACHABLE + "bad.name", None),
+            (UNREACHABLE + "bad%20name", None),
+            (UNREACHABLE + "?tls=true&tlsCAFile=/no/such/file.pem", None),
+            (UNREACHABLE, soon),
+            ("mongodb+srv://me:secret@nowhere.invalid/chat", soon),
+            (f"mongodb://127.0.0.1:{port}/", soon),
+        ):
+            wrong.append(("MONGODB_URI", Chat(MONGODB_URI=address, limits=limits)))
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda each: ends_with_one_line(each[1], each[0]), wrong))
+    for _, chat in wrong:
+        assert "writable" not in chat.log()  # data/ has nothing to do with any of this
 
 
-def ends_with_one_line(chat, hint):
-    output, _ = (chat.process or chat.spawn()).communicate(timeout=10)
-    assert chat.process.returncode == 1
-    assert output.count("\n") == 1 and output.startswith("chat.py: ") and hint in output, output
-    for hidden in ("Traceback", "secret@", "word@", "fifteen", "hunter2"):
-        assert hidden not in output.lower()
+@pytest.mark.parametrize(
+    "mistake, told",
+    [
+        ("old = chat.routes; chat.routes = lambda: [*old(), *old()]", "ValueError"),
+        ("chat.routes = lambda: int('x')", "ValueError"),
+        ("chat.routes = lambda: __import__('asyncoi')", "ModuleNotFoundError"),
+        ("chat.routes = lambda: open('no such file')", "FileNotFoundError"),
+    ],
+)
+def test_a_bug_shows_its_traceback(mongo, mistake, told):
+    """A mistake in the program is not taken for a wrong setting."""
+    chat = Chat(MONGODB_URI=mongo(), prelude=mistake)
+    try:
+        assert chat.spawn().wait(PATIENCE) != 0
+    finally:
+        chat.kill()
+    assert "Traceback" in chat.log() and told in chat.log()
+    assert "chat.py: " not in chat.log()
 
 
-def test_data_in_use_and_a_kept_key(house, mongo):
-    with Chat(house, SECRET_KEY="") as chat:
-        mode = (house / "data" / "secret-key").stat().st_mode
-        assert mode & 0o777 == 0o600
-        ends_with_one_line(Chat(house), "MONGODB_URI")  # another chat on the same data/
-        taken = urlsplit(chat.url).port
-        ends_with_one_line(Chat(house, PORT=str(taken), MONGODB_URI=mongo()), "PORT")
-        # But a second process on the first one's database is welcome, with the same key.
-        with Chat(house, SECRET_KEY="", MONGODB_URI=chat.database):
-            pass
+@asynchronous
+async def test_data(house, mongo):
+    """data/ is for its owner, and for one chat; others may use that one's database."""
+    (house / "data").mkdir(mode=0o755)  # as an older chat left it
+    async with Chat(house, SECRET_KEY="", MONGODB_URI="", HOST="", HTTPS="") as chat:
+        assert chat.printed[0].startswith("The local database: mongodb://")
+        for path, private in ((house / "data", 0o700), (house / "data" / "secret-key", 0o600)):
+            assert stat.S_IMODE(path.stat().st_mode) == private
+        await asyncio.to_thread(ends_with_one_line, Chat(house), "MONGODB_URI")
+        async with people(chat, None, None) as [person, other]:
+            uri = chat.database  # it names no database, so `chat` is used, here and there
+            assert urlsplit(uri).path in ("", "/", "/chat")
+            async with Chat(house, SECRET_KEY="", MONGODB_URI=uri) as second:
+                other.chat = second  # with the same key: the cookie is good there, too
+                await person.connect()
+                await other.connect()
+                await other.post()
+                await person.until(lambda: person.seen)
+
+
+@pytest.mark.parametrize("what", ["a file", "not ours"])
+def test_data_that_cannot_be_written(house, what):
+    """The line names the folder, whether the database or only the key cannot be kept."""
+    if what == "a file":
+        (house / "data").write_text("")
+    elif os.getuid() == 0:
+        pytest.skip("root may write everywhere")
+    else:
+        (house / "data").mkdir(mode=0o500)
+    ends_with_one_line(Chat(house), "data")
+    ends_with_one_line(Chat(house, SECRET_KEY="", MONGODB_URI=UNREACHABLE), "data")
 
 
 class Router:
@@ -1189,7 +2176,7 @@ async def test_heroku(mongo):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     settings |= {"MONGODB_URI": mongo(), "PATH": path, "PORT": str(free_port())}
     async with Chat(command=("sh", "-c", "exec " + command), **settings) as chat:
-        assert "http://0.0.0.0:" in chat.printed[-1]
+        assert "http://0.0.0.0:" in chat.log()
         async with Router(chat, "http") as plain, Person(plain) as person:
             answer = await person.ask("/login?x=1")
             host = urlsplit(plain.url).netloc
@@ -1214,8 +2201,7 @@ async def test_heroku(mongo):
             async with Router(chat, client="192.0.2.8") as elsewhere:
                 person.chat, own["Origin"] = elsewhere, elsewhere.url.replace("http:", "https:")
                 assert (await person.form("/login", headers=own)).status == 303
-        chat.process.send_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(chat.process.wait, 10) == 0
+        assert await chat.end(signal.SIGTERM, 5) == 0
 
 
 def test_heroku_files():
@@ -1229,57 +2215,23 @@ def test_heroku_files():
     assert app["env"]["MONGODB_URI"]["required"] is True
     assert re.fullmatch(r"3\.1[123]\n", (HERE / ".python-version").read_text())
     assert not (HERE / "runtime.txt").exists()
-    pins = (HERE / "requirements.txt").read_text().split()
-    names = [pin.split("==")[0] for pin in pins]
-    assert names == ["aiohttp", "aiohttp-jinja2", "aiohttp-session", "cryptography", "motor"]
+    pins = re.findall(r"(?m)^([\w-]+)(==[\d.]+)?", (HERE / "requirements.txt").read_text())
+    needed = {"aiohttp", "aiohttp-jinja2", "aiohttp-session", "cryptography", "motor"}
+    assert {name for name, _ in pins} - {"pymongo"} == needed
+    assert all(version for _, version in pins)
 
 
-def install_requirements(folder):
-    """A fresh environment with nothing but requirements.txt: its Python."""
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    command = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--no-compile", "-r"]
-    subprocess.run([*command, HERE / "requirements.txt"], check=True, stderr=subprocess.DEVNULL)
-    return command[0]
-
-
-def test_requirements_are_enough(begun, mongo):
-    """They start a chat with a MONGODB_URI, and say what is missing without one."""
-    python = begun["python"].result()
-    with Chat(command=(python, "chat.py"), MONGODB_URI=mongo()) as chat:
-        assert chat.url
-    ends_with_one_line(Chat(command=(python, "chat.py")), "requirements-dev.txt")
-
-
-@asynchronous
-async def test_a_busy_process_leaves_others_their_turn(mongo):
-    """Promise 5: one person on one process, while the other process is saturated."""
-    uri = mongo()
-    with Chat(MONGODB_URI=uri) as chat, Chat(MONGODB_URI=uri) as second:
-        async with people(chat, *[None] * 6) as [quiet, *busy]:
-            quiet.chat = second
-            await asyncio.gather(*(each.connect() for each in (quiet, *busy)))
-
-            async def flood(person):
-                while True:
-                    await asyncio.gather(*(person.say("x") for _ in range(40)))
-                    await asyncio.sleep(0.01)
-
-            floods = [asyncio.create_task(flood(each)) for each in busy]
-            await asyncio.sleep(0.5)
-            slowest = 0
-            for number in range(6):
-                start = time.monotonic()
-                await quiet.say("hello", f"{number}")
-                await quiet.until(
-                    lambda number=number: any(
-                        each["key"] == f"{number}" and each["user"] == quiet.login
-                        for each in quiet.seen[-2000:]
-                    )
-                )
-                slowest = max(slowest, time.monotonic() - start)
-            for each in floods:
-                each.cancel()
-            assert slowest < 2.5 and not quiet.errors
+def test_requirements_are_enough(tmp_path, mongo):
+    """They start a chat with a MONGODB_URI, and it says what is missing without one."""
+    folder = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python, pip = folder / "bin" / "python", [sys.executable, "-m", "pip", "--python"]
+    options = ["install", "--quiet", "--no-compile", "--disable-pip-version-check", "--requirement"]
+    command = [*pip, python, *options, HERE / "requirements.txt"]
+    subprocess.run(command, check=True, timeout=120)
+    with Chat(command=[python, "chat.py"], MONGODB_URI=mongo()):
+        pass
+    ends_with_one_line(Chat(command=[python, "chat.py"]), "requirements-dev.txt")
 
 
 # ---------------------------------------------------------------------------
@@ -1347,6 +2299,14 @@ async def texts(page):
 
 async def wait_for_texts(page, *wanted):
     await expect(page.locator("#messages .text")).to_have_text(wanted, timeout=15000)
+
+
+async def becomes_true(page, expression):
+    """Wait until JavaScript says so; not wait_for_function(), which the page's CSP forbids."""
+    end = time.monotonic() + PATIENCE
+    while not await page.evaluate(expression):
+        assert time.monotonic() < end, expression
+        await asyncio.sleep(0.05)
 
 
 async def has_no_barriers(page):
@@ -1451,17 +2411,24 @@ async def test_page_and_a_message_that_could_not_be_stored(tmp_path):
                 await type_in(page, text)
             refused = page.locator("#unsent .failed")
             await expect(refused).to_have_count(2, timeout=12000)
-            await expect(refused.first).to_have_text("This message could not be stored.")
+            await expect(refused.first).to_contain_text("could not be")
             mongo.start()
-            await asyncio.sleep(2)
-            assert await texts(page) == ["before"]  # not sent again by itself
+            # They are not sent again by themselves, not even when the page connects anew.
+            for _ in range(60):  # until the chat has noticed that the database is back
+                if (await page.goto(chat.url)).ok:
+                    break
+                await asyncio.sleep(0.5)
+            await expect(page.locator("#connection")).to_have_text("", timeout=15000)
+            await expect(refused).to_have_count(2)
+            assert await texts(page) == ["before"]
             await page.get_by_role("button", name="Edit").last.click()
             await expect(page.locator("#text")).to_have_value("edit")
             for _ in range(10):
                 await page.get_by_role("button", name="Try again").click()
-                await asyncio.sleep(1)
+                await expect(page.locator("#unsent .state:not(.failed)")).to_have_count(0)
                 if await page.locator("#messages li").count() == 2:
                     break
+                await asyncio.sleep(0.5)
             await page.locator("#text").press("Enter")
             await wait_for_texts(page, "before", "again", "edit")
             await page.reload()
@@ -1500,12 +2467,11 @@ async def test_page_older_messages(mongo):
             # The smallest step up leads away from the bottom; only the messages scroll.
             await page.evaluate("document.getElementById('log').scrollTop = 1e9")
             await page.locator("#log").press("ArrowUp")
-            await asyncio.sleep(0.5)  # it glides
             gap = "(log => log.scrollHeight - log.scrollTop - log.clientHeight)(document.getElementById('log'))"
-            assert await page.evaluate(gap) > 20
+            await becomes_true(page, f"{gap} > 20")
             assert await page.evaluate("document.documentElement.scrollHeight <= innerHeight")
             await page.locator("#log").press("PageUp")
-            await asyncio.sleep(0.5)
+            await becomes_true(page, f"{gap} > 200")
             # New messages do not pull somebody away who reads old ones.
             await person.say("news")
             jump = page.get_by_role("button", name="1 new message")
@@ -1589,11 +2555,19 @@ async def test_page_and_somebody_else(mongo):
 
 @asynchronous
 async def test_page_without_javascript(chat):
-    async with browser() as it, tab(it, chat, java_script_enabled=False) as page:
-        assert await page.locator("#messages").count() == 1
-        if await page.locator("#older").count():
-            await page.locator("#older").click()
-            assert len(await texts(page)) == 50 or 'data-id="1"' in await page.content()
+    async with (
+        browser() as it,
+        people(chat, None) as [person],
+        tab(it, chat, java_script_enabled=False) as page,
+    ):
+        await person.connect("new")
+        for number in range(51):
+            await person.say(f"{number}", f"{number}")
+        await person.until(lambda: len(person.own) == 51)
+        await page.reload()
+        assert await texts(page) == [f"{number}" for number in range(1, 51)]
+        await page.locator("#older").click()
+        assert (await texts(page))[-1] == "0"
         await page.get_by_role("button", name="Log out").click()
         await page.wait_for_url(chat.url + "/login")
 
@@ -1614,7 +2588,7 @@ async def test_page_is_light(mongo):
 
         page.on("response", note)
         await page.goto(chat.url, wait_until="networkidle")
-        assert len(sizes) <= 5 and sum(sizes) < 40_000, sizes
+        assert 4 <= len(sizes) <= 5 and 1000 < sum(sizes) < 40_000, sizes
         again = "performance.getEntriesByType('resource').map(each => each.transferSize)"
         await page.goto(chat.url, wait_until="networkidle")
         assert sum(await page.evaluate(again)) == 0  # from the cache
@@ -1777,14 +2751,15 @@ def commands(text):
 def run_commands(text, house):
     """Run a chapter's commands, one after the other, against a chat of its own."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with Chat(copy_house(house)) as chat:
+    own_environment = {name: os.environ[name] for name in os.environ.keys() - SETTINGS}
+    with Chat(house) as chat:
         for command, shown in commands(text):
             result = subprocess.run(
                 command.replace("http://127.0.0.1:8080", chat.url),
                 shell=True,
                 check=False,
                 cwd=house,
-                env=os.environ | {"PATH": path, "DB": chat.database},
+                env=own_environment | {"PATH": path, "DB": chat.database},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -1799,9 +2774,9 @@ def run_commands(text, house):
 
 
 @pytest.mark.parametrize("text", CHAPTERS, ids=lambda text: text.name)
-def test_commands(begun, text):
+def test_commands(house, text):
     """What a chapter's commands print is what it shows."""
-    begun[text].result()
+    run_commands(text, house)
 
 
 if __name__ == "__main__":

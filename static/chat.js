@@ -15,7 +15,7 @@ function start() {
   let socket, timer, pause = 500, leaving = false;
   let following = true, top = 0; // the reader is at the bottom, and wants to stay there
   let unseen = 0, unread = 0; // messages further down; messages while the tab was hidden
-  const online = new Set();
+  const online = new Set(), leftTimers = new Map(); // user -> the timer that will say so
 
   // ---- One message: a copy of the page's own <template>, filled in
 
@@ -228,12 +228,25 @@ function start() {
     error: refuse,
     online({ users }) {
       pause = 500;
+      leftTimers.forEach(clearTimeout);
       online.clear();
       users.forEach((name) => online.add(name));
       showOnline("");
     },
-    joined: ({ user: who }) => showOnline(`${who} has come`, online.add(who)),
-    left: ({ user: who }) => showOnline(`${who} has left`, online.delete(who)),
+    joined({ user: who }) {
+      clearTimeout(leftTimers.get(who));
+      if (online.has(who)) return;
+      online.add(who);
+      showOnline(`${who} has come`);
+    },
+    // Somebody who reloads the page leaves and comes back at once. Do not tell that.
+    left({ user: who }) {
+      const tell = () => {
+        online.delete(who);
+        showOnline(`${who} has left`);
+      };
+      leftTimers.set(who, setTimeout(tell, 2000));
+    },
   };
 
   function connect() {
