@@ -34,6 +34,7 @@ same order: the order of their numbers, which are 1, 2, 3, ... without gaps.
 
 import asyncio
 import atexit
+import errno
 import fcntl
 import hashlib
 import json
@@ -64,10 +65,11 @@ from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 from aiohttp_session import Session, get_session, new_session, session_middleware
 from aiohttp_session.cookie_storage import EncryptedCookieStorage
+from bson import ObjectId
 from cryptography.exceptions import InvalidKey
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorDatabase
-from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
+from pymongo.errors import BulkWriteError, ConnectionFailure, DuplicateKeyError, PyMongoError
 from pymongo.read_concern import ReadConcern
 
 # ---------------------------------------------------------------------------
@@ -254,9 +256,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
         max_msg_size=BODY_MAX + 1,
         # Compressing every frame for every client would halve the speed.
         compress=False,
-        # We answer pings ourselves, below, because send_frame() limits what may
-        # wait for a client. Otherwise, a client that pings but never reads
-        # could fill the memory.
+        # We answer pings ourselves: below, no client can stop the others.
         autoping=False,
     )
     # This completes the handshake (101). From here on, there are only frames.
@@ -274,6 +274,9 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                     connection.send_frame(to_frame(WSMsgType.PONG, frame.data))
                 elif frame.type is WSMsgType.BINARY:
                     connection.end(WSCloseCode.UNSUPPORTED_DATA)
+                # Read on when the client has taken our answer: otherwise, answers to
+                # a client that sends and never reads would pile up.
+                await connection.flush()
                 # Let other tasks run. An `await` that need not wait does not do
                 # that, so a client that sends without pause would stop everybody.
                 await asyncio.sleep(0)
@@ -321,7 +324,6 @@ async def handle_text(request: web.Request, connection: "Connection", data: str)
 # What an error event tells the sender.
 INVALID_MESSAGE = f"Messages must have 1 to {TEXT_MAX:,} characters, and keys 1 to {KEY_MAX}."
 NOT_STORED = "This message could not be saved. Please try again."
-SHUTTING_DOWN = "Not stored: the server is shutting down."
 
 
 def is_valid_text(value: Any) -> bool:
@@ -366,6 +368,10 @@ class Connection:
         # transport has handed over everything.
         self.transport = request.transport
         self.transport.set_write_buffer_limits(high=0)
+        # A small buffer in the operating system, too. A ping waits behind what
+        # is in there, and a slow client must answer it in time.
+        raw_socket = self.transport.get_extra_info("socket")
+        raw_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         self.live = False  # it has all earlier messages, and gets each new one
         self.idle = True  # its handler has nothing to do; shut_down() looks at this
         self.deadline = asyncio.timeout(None)  # when its handler stops: never, until end()
@@ -388,9 +394,16 @@ class Connection:
             self.transport.write(frame)
 
     async def flush(self) -> None:
-        """Wait until the client has taken what was sent, or raise TimeoutError."""
-        async with asyncio.timeout(SEND_TIMEOUT):
-            await self.stream.drain()
+        """Wait until the client has taken what was sent. Cut the connection if it does not."""
+        if self.transport.get_write_buffer_size() == 0:
+            return
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT):
+                # shield(): everybody who waits in drain() shares one future of
+                # aiohttp's. To cancel it for one would cancel it for all.
+                await asyncio.shield(self.stream.drain())
+        except (TimeoutError, ConnectionError):
+            self.transport.abort()
 
     def end(self, code: WSCloseCode) -> None:
         """Have the handler close the connection. The first code counts.
@@ -402,17 +415,14 @@ class Connection:
             self.deadline.reschedule(0)  # a time in the past: now
 
     async def close(self) -> None:
-        """Close the connection when the client has taken what was sent, or after SEND_TIMEOUT.
+        """Close the connection, when the client has taken what was sent.
 
-        The handler itself does this, because it must not be reading at the same time: close()
-        goes on reading until the client has answered.
+        Only the handler does this, because nobody else may be reading: ws.close() goes on
+        reading until the client answers. Otherwise, what the client sends meanwhile would make
+        the operating system throw away what we have sent.
         """
-        try:
-            async with asyncio.timeout(SEND_TIMEOUT):
-                await self.ws.close(code=self.close_code)
-                await self.stream.drain()
-        except (TimeoutError, ConnectionError):
-            self.transport.abort()
+        await self.ws.close(code=self.close_code, drain=False)
+        await self.flush()
 
 
 # ---------------------------------------------------------------------------
@@ -420,9 +430,6 @@ class Connection:
 # ---------------------------------------------------------------------------
 # A middleware wraps every handler. It may answer the request itself, or pass
 # it on, and it sees the response on its way back.
-
-
-DATABASE_DOWN = "The database is not responding. Please try again in a moment."
 
 
 @web.middleware
@@ -440,7 +447,12 @@ async def error_pages(request: web.Request, handler: Handler) -> web.StreamRespo
         error = web.HTTPBadRequest(text="The request body could not be read.")
     except (PyMongoError, TimeoutError) as failure:
         log.warning("%s: 503 after %s", request.match_info.route.name, describe(failure))
-        error = web.HTTPServiceUnavailable(text=DATABASE_DOWN, headers={"Retry-After": "5"})
+        text = "The database is not responding. Please try again in a moment."
+        error = web.HTTPServiceUnavailable(text=text, headers={"Retry-After": "5"})
+    except OSError as failure:
+        if failure.errno != errno.ENAMETOOLONG:
+            raise
+        error = web.HTTPNotFound()  # no static file has such a long name
     # An HTTPException is a response, too. We put our page into it and raise it
     # again, so it keeps its headers (Allow, Retry-After).
     if error.status >= 400:  # a redirect is an HTTPException as well: it needs no page
@@ -548,7 +560,7 @@ SECURITY_HEADERS = {
 async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Add headers to every response. A middleware would see a WebSocket's 101 too late."""
     response.headers.update(SECURITY_HEADERS)
-    response.headers["Cache-Control"] = cache_control(request)
+    response.headers["Cache-Control"] = cache_control(request, response.status)
     if HTTPS:  # use HTTPS only, for a year (HSTS)
         response.headers["Strict-Transport-Security"] = "max-age=31536000"
 
@@ -575,15 +587,16 @@ async def database(app: web.Application) -> AsyncIterator[None]:
     """Connect to MongoDB and start the tasks that use it; stop everything at the end."""
     uri = MONGODB_URI or start_local_database()
     hint = "cannot use MONGODB_URI: check it, and that the database is running"
-    with explain(hint, PyMongoError, OSError, ValueError), pymongo.timeout(START_TIMEOUT):
+    with explain(hint, PyMongoError, OSError, ValueError):
         db, is_replica_set = await connect(uri)
-        newest = await db.messages.find_one(sort=[("_id", pymongo.DESCENDING)])
-    room = app[ROOM] = Room(db)
+        room = app[ROOM] = Room(db)
+        # Fill the room's cache with the newest page. Nobody is connected yet.
+        with pymongo.timeout(START_TIMEOUT):
+            newest = await db.messages.find_one(sort=[("_id", pymongo.DESCENDING)])
+        if newest is not None:
+            room.publish(await read_messages(db, newest["_id"] - PAGE_SIZE + 1, newest["_id"]))
     writer = app[WRITER] = Writer(room)
     reconciler = Reconciler(room, writer)
-    # Fill the room's cache with the newest page. Nobody is connected yet.
-    if newest is not None:
-        room.publish(await read_messages(db, newest["_id"] - PAGE_SIZE + 1, newest["_id"]))
     # These run all the time, together with the handlers. Each is a task: a
     # coroutine that the event loop runs although nobody awaits it.
     steps = [reconciler.sync_messages, reconciler.sync_presence, reconciler.sync_sessions]
@@ -642,6 +655,8 @@ async def connect(uri: str) -> tuple[Database, bool]:
         journal=True,
         # Read from the server that has the newest data (read preference).
         readPreference="primary",
+        readPreferenceTags="",
+        maxStalenessSeconds=-1,
         # Send a write again if its answer is lost. It is carried out once.
         retryWrites=True,
         timeoutMS=DATABASE_TIMEOUT * 1000,
@@ -652,7 +667,13 @@ async def connect(uri: str) -> tuple[Database, bool]:
     name = client.get_default_database("chat").name
     if name == "admin":  # many providers' strings name it, but it has no change streams
         name = "chat"
-    hello = await client[name].command("hello")  # "What kind of server are you?"
+    # Ask what kind of server it is. A replica set may have no primary just now,
+    # so try again for a while. Each try takes DATABASE_TIMEOUT at most.
+    hello = None
+    async with asyncio.timeout(START_TIMEOUT):
+        while hello is None:
+            with suppress(ConnectionFailure):
+                hello = await client[name].command("hello")
     # A replica set tells its name. In front of a cluster of several replica sets
     # there is a server called mongos, which says "msg" instead.
     is_replica_set = "setName" in hello or "msg" in hello
@@ -683,9 +704,14 @@ async def read_messages(db: Database, first: int, last: int) -> list[Event]:
 
 def to_event(document: dict[str, Any]) -> Event:
     """A stored message as clients see it. The time is ISO 8601, in UTC."""
-    fields = {name: document[name] for name in ("key", "user", "text")}
-    moment = document["time"].isoformat(timespec="milliseconds")
-    return {"type": "message", "id": document["_id"], **fields, "time": moment}
+    return {
+        "type": "message",
+        "id": document["_id"],
+        "key": document["key"],
+        "user": document["user"],
+        "text": document["text"],
+        "time": document["time"].isoformat(timespec="milliseconds"),
+    }
 
 
 class Room:
@@ -736,8 +762,9 @@ class Room:
         # this client after each page. That delays nobody else.
         while self.recent and after_id + 1 < self.recent[0]["id"]:
             page = await read_messages(self.db, after_id + 1, after_id + PAGE_SIZE)
-            if not page:  # after a failover, the new primary may need a moment
-                raise ConnectionError("The database does not have these messages yet.")
+            # After a failover, the new primary may not have these messages yet.
+            if not page or connection.transport.is_closing():
+                raise ConnectionError("The client cannot catch up now.")
             connection.send(page)
             await connection.flush()
             # For the same reason, a page may end early. So go on from what came.
@@ -775,8 +802,11 @@ class Room:
     async def catch_up(self) -> None:
         """Publish what was stored after the last message that was published."""
         while True:
-            page = await read_messages(self.db, self.latest_id + 1, self.latest_id + PAGE_SIZE)
-            self.publish(page)
+            first = self.latest_id + 1
+            page = await read_messages(self.db, first, first + PAGE_SIZE - 1)
+            # Only up to the first gap: what was stored while the query ran may be
+            # incomplete.
+            self.publish([each for number, each in enumerate(page, first) if each["id"] == number])
             if len(page) < PAGE_SIZE:
                 return  # this was the last one
 
@@ -823,10 +853,9 @@ class Writer:
         That is an error event, or the stored event if this key was stored before.
         """
         if self.closing:
-            return {"type": "error", "text": SHUTTING_DOWN}
-        # Without a key of the client's own, it gets a random one: the unique index
-        # needs a key in each message.
-        message = Message({"user": user, "text": text, "key": key or token_hex(16)})
+            return {"type": "error", "text": "Not stored: the server is shutting down."}
+        # The unique index needs a key in each message. An ObjectId is unique.
+        message = Message({"user": user, "text": text, "key": key or str(ObjectId())})
         self.waiting.append(message)
         if self.next_batch is None:
             self.next_batch = asyncio.create_task(self.write_batch())
@@ -841,7 +870,10 @@ class Writer:
         people write, a single message is stored right away, and nobody waits for a timer.
         """
         async with self.lock:
-            await asyncio.sleep(self.pause_until - time.monotonic())
+            # We know the next free number before the other processes do, so we would
+            # always be the first to use it. Give them the same time (fairness).
+            if self.room.has_peers:
+                await asyncio.sleep(self.pause_until - time.monotonic())
             batch = self.waiting
             self.waiting = []
             self.next_batch = None  # from here on, post() starts a new one
@@ -856,11 +888,8 @@ class Writer:
                 self.failing = True
                 self.room.wake("messages")
                 return
-            # We know the next free number before the other processes do, so we would
-            # always be the first to use it. Give them the same time (fairness).
-            if self.room.has_peers:
-                now = time.monotonic()
-                self.pause_until = now + (now - start)
+            now = time.monotonic()
+            self.pause_until = now + (now - start)
 
     async def store(self, batch: list[Message]) -> None:
         """Store and publish a batch. If a number or a key is taken, try again with the rest.
@@ -881,12 +910,12 @@ class Writer:
             for message in stored:
                 message.reply = None
             del batch[: len(stored)]
-            if duplicate is not None and "key" in duplicate["keyPattern"]:
-                await self.answer_repeated(batch)
-            elif duplicate is not None:
+            if duplicate is not None:
                 newest = self.room.latest_id
                 await self.room.catch_up()
-                if self.room.latest_id == newest:  # a majority does not have them yet
+                if "key" in duplicate["keyPattern"]:
+                    await self.answer_repeated(batch)
+                elif self.room.latest_id == newest:  # a majority does not have it yet
                     await asyncio.sleep(0.02)
 
     async def insert(self, documents: list[dict[str, Any]]) -> Any:
@@ -901,13 +930,16 @@ class Writer:
 
     async def answer_repeated(self, batch: list[Message]) -> None:
         """Remove the messages whose keys are already stored. Their senders get the stored ones."""
+        # A query for each, all at once. One query with "$or" would take seconds
+        # on the local database.
         queries = [
             self.room.db.messages.find_one({"user": document["user"], "key": document["key"]})
             for document in (message.document for message in batch)
         ]
         found = await asyncio.gather(*queries, return_exceptions=True)
         for message, document in zip(batch.copy(), found, strict=True):
-            if isinstance(document, dict):
+            # Nobody may see a message before an earlier one: so not what is newer.
+            if isinstance(document, dict) and document["_id"] <= self.room.latest_id:
                 message.reply = to_event(document)
                 batch.remove(message)
         if isinstance(found[0], BaseException):
@@ -1049,13 +1081,14 @@ def secret_key() -> bytes:
     key = SECRET_KEY
     if key is None:
         path = data_folder() / "secret-key"
-        # Anyone who has this key can log in as anybody. main() has set a umask, so
-        # only the owner can ever read it. "x" fails if the file exists.
-        with suppress(FileExistsError), open(path, "x") as file:
-            file.write(token_hex(32))
-        key = path.read_text()
+        with explain("cannot use data/secret-key: delete it", OSError, UnicodeError):
+            # Anyone who has this key can log in as anybody. main() has set a umask,
+            # so only the owner can ever read it. "x" fails if the file exists.
+            with suppress(FileExistsError), open(path, "x") as file:
+                file.write(token_hex(32))
+            key = path.read_text()
     if len(key) < 16:
-        raise StartupError("SECRET_KEY is too short: use 16 characters or more")
+        raise StartupError("SECRET_KEY (or data/secret-key) is too short: it needs 16 characters")
     return hashlib.sha256(os.fsencode(key)).digest()
 
 
@@ -1221,7 +1254,7 @@ async def retry_after(db: Database, attempt: str) -> int:
 # file changes, so does its URL (cache busting).
 
 
-def cache_control(request: web.Request) -> str:
+def cache_control(request: web.Request, status: int) -> str:
     """What a browser may keep: https://developer.mozilla.org/docs/Web/HTTP/Guides/Caching"""
     if request.match_info.route.name != "static":
         return "no-store"  # after a log-out, "back" shows nothing
@@ -1229,7 +1262,7 @@ def cache_control(request: web.Request) -> str:
     # old process may be asked for the new version of a file. Its answer is the
     # old one, and must not be kept for a year.
     name = request.match_info["filename"]
-    if request.rel_url == request.app.router["static"].url_for(filename=name):
+    if status < 400 and request.rel_url == request.app.router["static"].url_for(filename=name):
         return "max-age=31536000, immutable"
     return "no-cache"  # keep it, but ask each time whether it has changed
 
@@ -1243,6 +1276,7 @@ def main() -> None:
     """Run until SIGTERM or Ctrl-C (exit status 0), or say in one line why not (status 1)."""
     os.umask(0o077)  # only the owner can read the files that we create
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("aiohttp.server").addFilter(is_not_bad_http)
     # PyMongo's warnings quote unknown options, which may be part of a password.
     warnings.filterwarnings("ignore", module="pymongo")
     # Print each line at once, also where the output is a log and no terminal.
@@ -1257,11 +1291,16 @@ def main() -> None:
         sys.exit(f"chat.py: {error}")
 
 
+def is_not_bad_http(record: logging.LogRecord) -> bool:
+    """Whether to log a record. Broken HTTP that a client sends is no news, but long tracebacks."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
+
+
 def create_socket() -> socket.socket:
     """The socket on which we listen. Raise StartupError if that is not possible."""
     family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
     hint = f"cannot listen on {HOST}, port {PORT}: check HOST and PORT"
-    with explain(hint, OSError, OverflowError, ValueError):
+    with explain(hint, OSError, OverflowError, TypeError, ValueError):
         return socket.create_server((HOST, int(PORT)), family=family)
 
 
