@@ -1083,6 +1083,10 @@ async def test_static_files(chat):
         for path in ("/static//dev/zero", "/static/%2fdev/zero", "/static/..%2f..%2fdev%2fzero"):
             assert (await person.ask(path)).status in (403, 404)
         assert (await person.ask("/static/%2e%2e/chat.py")).status in (403, 404)
+        for path in ("/static/none.css", "/static/" + "x" * 300):
+            answer = await person.ask(path)
+            assert (answer.status, answer.headers["Cache-Control"]) == (404, "no-cache")
+        assert "Traceback" not in chat.log()
 
 
 @asynchronous
@@ -1105,7 +1109,7 @@ chat.routes = lambda: [*old_routes(), web.get("/health", health), web.post("/pok
 
 
 @asynchronous
-@pytest.mark.parametrize("what", ["handshake", "form", "gzip", "garbage"])
+@pytest.mark.parametrize("what", ["handshake", "form", "gzip", "garbage", "header"])
 async def test_clients_that_hang_up(mongo, what):
     """However a client breaks off, or breaks HTTP: no traceback of it gets into the log."""
     async with Chat(MONGODB_URI=mongo()) as chat, people(chat, None) as [person]:
@@ -1115,6 +1119,7 @@ async def test_clients_that_hang_up(mongo, what):
             "handshake": handshake(person, "?after=0"),
             "form": form + b"\r\nlogin=",
             "gzip": form + b"Content-Encoding: gzip\r\n\r\n" + b"x" * 100,
+            "header": b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
             "garbage": b"\x16\x03\x01 what TLS begins with\r\n\r\n",
         }[what]
         for number in range(10):
@@ -1915,13 +1920,15 @@ async def test_number_and_key_are_taken(replica_set, index):
         await elsewhere.connect()
         await person.post(key="first")
         await elsewhere.until(lambda: elsewhere.seen)
-        await elsewhere.post(key="same")
+        for key in ("between", "same"):
+            await elsewhere.post(key=key)
         await asyncio.gather(person.say(TEXT, "same"), other.post(key="new"))
         for each in (other, elsewhere):
-            await everything_once(each, ["first", "same", "new"])
-        # Its sender has seen it with all the others, and as the answer.
-        await person.until(lambda: len(person.seen) > 3)
-        assert sorted(ids(person.seen)) == [1, 2, 2, 3] and not person.errors and refused
+            await everything_once(each, ["first", "between", "same", "new"])
+        # Its sender has seen it with all the others, in order, and as the answer.
+        await person.until(lambda: len(person.seen) > 4)
+        assert list(dict.fromkeys(ids(person.seen))) == [1, 2, 3, 4]
+        assert len(person.seen) == 5 and not person.errors and refused
 
 
 @asynchronous
@@ -2009,6 +2016,17 @@ async def test_the_change_stream_tells_nothing(replica_set):
         await elsewhere.ask("/logout", "POST")
         assert await person.closed() == 1008
         assert await elsewhere.closed() == 1008
+
+
+def test_the_end_while_the_database_is_awaited():
+    """Promise 6: a chat that still waits for its database ends as cleanly."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(PATIENCE)
+        chat = Chat(MONGODB_URI=f"mongodb://127.0.0.1:{silent.getsockname()[1]}/").spawn()
+        silent.accept()  # from now on, it waits
+        chat.process.send_signal(signal.SIGTERM)
+        assert chat.wait(10) == 0
+        chat.check_log()
 
 
 @asynchronous
