@@ -1922,7 +1922,9 @@ async def test_number_and_key_are_taken(replica_set, index):
         await elsewhere.until(lambda: elsewhere.seen)
         for key in ("between", "same"):
             await elsewhere.post(key=key)
-        await asyncio.gather(person.say(TEXT, "same"), other.post(key="new"))
+        await person.say(TEXT, "same")
+        await person.until(lambda: 3 in ids(person.seen))
+        await other.post(key="new")
         for each in (other, elsewhere):
             await everything_once(each, ["first", "between", "same", "new"])
         # Its sender has seen it with all the others, in order, and as the answer.
