@@ -209,6 +209,13 @@ class Mongo:
         return f"mongodb://127.0.0.1:{port or self.port}/{name}?directConnection=true"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def names_on_a_terminal(request):
+    """A run takes minutes: somebody who watches it sees the names of the tests, not dots."""
+    if sys.__stdout__.isatty():
+        request.config.option.verbose = max(request.config.option.verbose, 1)
+
+
 @pytest.fixture(scope="session")
 def mongo(tmp_path_factory):
     """A function that makes connection strings, each of a database of its own."""
@@ -2262,18 +2269,25 @@ EXPECTED = "Failed to load resource", "WebSocket connection to"
 
 @functools.cache
 def chromium():
-    """Debian's Chromium where there is one; else Playwright's own, installed if need be."""
+    """The path of Debian's Chromium; "" for Playwright's own, installed if need be; or None."""
     if path := shutil.which("chromium"):
         return path
-    subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=True)
+    command = [sys.executable, "-m", "playwright", "install", "chromium"]
+    with contextlib.suppress(subprocess.SubprocessError):
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        return ""
     return None
 
 
 @contextlib.asynccontextmanager
 async def browser():
-    path, options = chromium(), ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    path = await asyncio.to_thread(chromium)
+    if path is None:
+        message = "No browser: apt-get install chromium, or python -m playwright install chromium"
+        pytest.fail(message, pytrace=False)
+    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     async with async_playwright() as playwright:
-        it = await playwright.chromium.launch(executable_path=path, args=options)
+        it = await playwright.chromium.launch(executable_path=path or None, args=options)
         yield it
         await it.close()
 
