@@ -212,7 +212,7 @@ class Mongo:
 @pytest.fixture(scope="session", autouse=True)
 def names_on_a_terminal(request):
     """A run takes minutes: somebody who watches it sees the names of the tests, not dots."""
-    if sys.__stdout__.isatty():
+    if request.config.pluginmanager.get_plugin("terminalreporter").isatty:
         request.config.option.verbose = max(request.config.option.verbose, 1)
 
 
