@@ -104,7 +104,7 @@ SEND_TIMEOUT = 60  # seconds for a client to take what was sent to it
 HEARTBEAT = 27  # seconds between pings; Heroku's router cuts after 55 of silence
 DATABASE_TIMEOUT = 3  # seconds for a batch of messages, or for a whole request
 START_TIMEOUT = 20  # seconds at the start: a replica set elects a primary in about 10
-CLOSE_TIMEOUT = 1  # seconds for each step of the shutdown that waits for others
+CLOSE_TIMEOUT = 0.5  # seconds for each step of the shutdown that waits for others
 RETRY_DELAY = 0.5  # seconds until a task that failed is tried again
 SYNC_INTERVAL = 10  # seconds until a process looks for changes, even if it heard of none
 PRESENCE_TTL = timedelta(seconds=35)  # a process that was silent for so long is gone
