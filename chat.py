@@ -613,6 +613,8 @@ async def database(app: web.Application) -> AsyncIterator[None]:
     # Without a time limit, the driver waits 30 s for a database that is lost.
     with suppress(PyMongoError), pymongo.timeout(CLOSE_TIMEOUT):
         await db.presence.delete_one({"_id": room.process_id})
+    # Queries that are still under way fail now, and nobody waits for them any more.
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
     with pymongo.timeout(CLOSE_TIMEOUT):
         db.client.close()
 
