@@ -934,10 +934,9 @@ class Writer:
         """Remove the messages whose keys are already stored. Their senders get the stored ones."""
         # A query for each, all at once. One query with "$or" would take seconds
         # on the local database.
-        queries = [
-            self.room.db.messages.find_one({"user": document["user"], "key": document["key"]})
-            for document in (message.document for message in batch)
-        ]
+        find_one = self.room.db.messages.find_one
+        sent = [message.document for message in batch]
+        queries = [find_one({"user": each["user"], "key": each["key"]}) for each in sent]
         found = await asyncio.gather(*queries, return_exceptions=True)
         for message, document in zip(batch.copy(), found, strict=True):
             # Nobody may see a message before an earlier one: so not what is newer.
