@@ -2904,5 +2904,51 @@ def test_commands(runs, text, part):
     runs[text, part].result()
 
 
+@asynchronous
+async def test_flaws_of_the_naive_chat(mongo, tmp_path):
+    """What the commands of chapters 1, 4 and 5 do not show: naive.py has these flaws, chat.py not."""
+    script = "<img src=x onerror=alert(1)>"
+    naive = Chat(command=[sys.executable, "tutorial/naive.py", "0"])
+    other = Chat(command=naive.command)
+    async with naive, other, browser() as it, Chat(MONGODB_URI=mongo()) as chat:
+        ann, ben, cleo = [await it.new_page() for _ in range(3)]
+        boxes = []
+        for page, url in ((ann, naive.url), (ben, naive.url), (cleo, other.url)):
+            page.on("dialog", lambda box: (boxes.append(box.message), box.dismiss())[1])
+            await page.goto(url)
+
+        async def write(page, user, text):
+            await page.locator("#user").fill(user)
+            await page.locator("#text").fill(text)
+            await page.get_by_role("button").click()
+            await expect(page.locator("#text")).to_have_value("")  # as if it had been sent
+
+        await write(ann, "Ben", "It is me, Ben.")  # nobody knows who writes
+        await expect(ben.locator("p")).to_have_text("Ben: It is me, Ben.")
+        await write(ann, "Ann", script)  # a script in a message runs
+        await becomes_true(ben, "document.images.length == 1")
+        await becomes_true(ann, "document.images.length == 1")
+        assert boxes == ["1", "1"]
+        await write(cleo, "Cleo", "Hello?")  # a second process is a second chat
+        await expect(cleo.locator("p")).to_have_text("Cleo: Hello?")
+        await ben.reload()
+        await expect(ben.locator("p")).to_have_count(2)
+        naive.kill()
+        await write(ann, "Ann", "lost")  # a lost connection loses a message
+        naive.command = [*naive.command[:-1], naive.env["PORT"]]
+        await asyncio.to_thread(naive.start)
+        await ben.reload()  # a restart forgets everything
+        await write(ben, "Ben", "Is anybody here?")
+        await expect(ben.locator("p")).to_have_text("Ben: Is anybody here?")
+
+        async with people(chat, "Ann", "Ben") as (ann, ben):
+            await asyncio.gather(ann.connect(), ben.connect())
+            await ann.ws.send_json({"user": "Ben", "text": script})
+            await ben.until(lambda: ben.seen)
+            assert ben.seen[0]["user"] == "Ann"
+            page = await (await ben.ask("/")).text()
+            assert "<img" not in page and "&lt;img src=x" in page
+
+
 if __name__ == "__main__":
     put_right()
