@@ -31,6 +31,10 @@ same order: the order of their numbers, which are 1, 2, 3, ... without gaps.
 # remembers who is logged in. cryptography hashes the passwords and encrypts the
 # session cookie. Motor is the MongoDB driver. It is built on pymongo, which
 # provides the exceptions and some options.
+#
+# Callable, Iterator and the like are used in annotations only. Python ignores
+# annotations, but they tell readers, editors and mypy what a function takes and
+# what it returns.
 
 import asyncio
 import atexit
@@ -91,7 +95,8 @@ PORT = ENVIRONMENT.get("PORT", "8080")
 HTTPS = ENVIRONMENT.get("HTTPS") == "1"  # behind a reverse proxy that handles HTTPS
 
 # The limits. Without them, one careless or hostile client could exhaust what
-# everybody shares.
+# everybody shares: memory, the database, or the time of the event loop. That is
+# the loop which runs all coroutines of this process, one at a time.
 
 PAGE_SIZE = 50  # messages, at most: in one query, in one page, and in Room.recent
 TEXT_MAX = 2_000  # characters of a message
@@ -102,7 +107,8 @@ BODY_MAX = 64 * 1024  # bytes of a form, and of a WebSocket message
 SEND_BUFFER_MAX = 1_000_000
 SEND_TIMEOUT = 60  # seconds for a client to take what was sent to it
 HEARTBEAT = 27  # seconds between pings; Heroku's router cuts after 55 of silence
-DATABASE_TIMEOUT = 3  # seconds for a batch of messages, or for a whole request
+DATABASE_TIMEOUT = 3  # seconds for a query, or for a batch of messages
+REQUEST_TIMEOUT = 5  # seconds for a handler, except the WebSocket's
 START_TIMEOUT = 20  # seconds at the start: a replica set elects a primary in about 10
 CLOSE_TIMEOUT = 0.5  # seconds for each step of the shutdown that waits for others
 RETRY_DELAY = 0.5  # seconds until a task that failed is tried again
@@ -151,7 +157,8 @@ def explain(text: str, *expected: type[Exception]) -> Iterator[None]:
 def create_app() -> web.Application:
     """Put the application together. Raise StartupError if a setting is not usable."""
     # A request passes through the middlewares from first to last, and its
-    # response from last to first.
+    # response from last to first. So error_pages sees the errors of all others,
+    # and authorize can read the session that the one before it has prepared.
     middlewares: list[Middleware] = [error_pages, redirect_to_https, check_origin]
     middlewares += [create_session_middleware(), authorize, db_handler]
     app = web.Application(middlewares=middlewares, client_max_size=BODY_MAX)
@@ -180,9 +187,11 @@ def create_app() -> web.Application:
 def routes() -> list[web.AbstractRouteDef]:
     """The routing table. Code and templates use the names to make URLs."""
     return [
-        web.get("/", chat_page, name="chat"),  # `get` answers HEAD as well
+        # A path, and the handler that answers it. `get` answers HEAD as well.
+        web.get("/", chat_page, name="chat"),
         web.get("/messages", older_messages, name="messages"),
         web.get("/ws", websocket, name="websocket"),
+        # Two routes may share a path and a name if their methods differ.
         web.get("/login", show_form, name="login"),
         web.post("/login", log_in, name="login"),
         web.get("/signup", show_form, name="signup"),
@@ -248,6 +257,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     ``/ws?after=`` starts with the oldest message, ``/ws`` with the next one that is stored.
     """
     room = request.app[ROOM]
+    # Check the URL first: an error (400) can be sent only before the handshake.
     after = request.query.get("after", str(room.latest_id))
     after_id = 0 if after == "" else max(parse_number(after), 0)
     ws = web.WebSocketResponse(
@@ -264,10 +274,13 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     connection = Connection(request, ws)
     room.enter(connection)
     try:
+        # end() moves this deadline to now. Then the `await` that is under way in
+        # this block is cancelled, and the block raises TimeoutError.
         async with connection.deadline:
             await room.send_missed(connection, after_id)
+            # Each turn waits for the next frame. The loop ends when the client
+            # closes the connection, or when the connection is lost.
             async for frame in ws:
-                connection.idle = False
                 if frame.type is WSMsgType.TEXT:
                     await handle_text(request, connection, frame.data)
                 elif frame.type is WSMsgType.PING:
@@ -280,12 +293,13 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                 # Let other tasks run. An `await` that need not wait does not do
                 # that, so a client that sends without pause would stop everybody.
                 await asyncio.sleep(0)
-                connection.idle = True
     except (PyMongoError, TimeoutError, ConnectionError):
         # Either end() was called, or catching up failed. In the latter case, the
         # close code asks the client to reconnect.
         pass
     finally:
+        # Whatever happened: a connection that stayed in the room would be a user
+        # who never leaves.
         room.leave(connection)
         await connection.close()
     return ws
@@ -302,8 +316,9 @@ async def handle_text(request: web.Request, connection: "Connection", data: str)
         message = json.loads(data)
     except (ValueError, RecursionError):  # "[[[[[[..." nests too deep
         message = None
+    # Never trust what comes from outside: all of this may be anything that JSON
+    # can express, for example a list where we expect a string.
     fields = message if isinstance(message, dict) else {}
-    # These may be anything that JSON can express.
     key: Any = fields.get("key")
     text: Any = fields.get("text")
     # JavaScript counts differently: "😀" has length 1 in Python, and 2 there.
@@ -361,20 +376,17 @@ class Connection:
         self.session: Session = request["session"]
         self.user: str = self.session["user"]
         self.ws = ws
-        self.stream = request.writer
         assert request.transport is not None  # for the type checker: prepare() has used it
         # The transport is asyncio's end of the connection. It keeps what was
-        # sent until the client takes it. With high=0, drain() waits until the
-        # transport has handed over everything.
+        # sent until the operating system takes it, and that keeps it until the
+        # client does. A ping waits behind all of this, and the client must answer
+        # in time. So the operating system's buffer must be small for slow clients.
         self.transport = request.transport
-        self.transport.set_write_buffer_limits(high=0)
-        # A small buffer in the operating system, too. A ping waits behind what
-        # is in there, and a slow client must answer it in time.
         raw_socket = self.transport.get_extra_info("socket")
         raw_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         self.live = False  # it has all earlier messages, and gets each new one
-        self.idle = True  # its handler has nothing to do; shut_down() looks at this
         self.deadline = asyncio.timeout(None)  # when its handler stops: never, until end()
+        # The client reads it as the reason. This one means "please reconnect".
         self.close_code = WSCloseCode.TRY_AGAIN_LATER
 
     def send(self, events: list[Event]) -> None:
@@ -395,14 +407,11 @@ class Connection:
 
     async def flush(self) -> None:
         """Wait until the client has taken what was sent. Cut the connection if it does not."""
-        if self.transport.get_write_buffer_size() == 0:
-            return
         try:
             async with asyncio.timeout(SEND_TIMEOUT):
-                # shield(): everybody who waits in drain() shares one future of
-                # aiohttp's. To cancel it for one would cancel it for all.
-                await asyncio.shield(self.stream.drain())
-        except (TimeoutError, ConnectionError):
+                while self.transport.get_write_buffer_size() > 0:
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
             self.transport.abort()
 
     def end(self, code: WSCloseCode) -> None:
@@ -429,7 +438,8 @@ class Connection:
 # 5. Middlewares
 # ---------------------------------------------------------------------------
 # A middleware wraps every handler. It may answer the request itself, or pass
-# it on, and it sees the response on its way back.
+# it on, and it sees the response on its way back. Here is the code that every
+# page needs, so no handler can forget it.
 
 
 @web.middleware
@@ -440,9 +450,7 @@ async def error_pages(request: web.Request, handler: Handler) -> web.StreamRespo
         return await handler(request)
     except web.HTTPException as raised:
         error = raised
-    except ConnectionError:
-        return web.Response(status=400)  # the client has gone, so nobody reads this
-    except (web.RequestPayloadError, HttpProcessingError):
+    except (ConnectionError, web.RequestPayloadError, HttpProcessingError):
         request.content.feed_eof()  # aiohttp must not try to read the rest
         error = web.HTTPBadRequest(text="The request body could not be read.")
     except (PyMongoError, TimeoutError) as failure:
@@ -485,6 +493,7 @@ async def check_origin(request: web.Request, handler: Handler) -> web.StreamResp
     """
     own_origin = f"{'https' if HTTPS else 'http'}://{request.host}"
     is_websocket = request.match_info.route.name == "websocket"
+    # By convention, GET and HEAD only read. So they need no check.
     changes_something = is_websocket or request.method not in {"GET", "HEAD"}
     if changes_something and request.headers.get("Origin", own_origin) != own_origin:
         raise web.HTTPForbidden(text="Refused: this request came from another site.")
@@ -495,15 +504,13 @@ async def check_origin(request: web.Request, handler: Handler) -> web.StreamResp
 async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Find the user's session. Without one, only the public routes are open."""
     name = request.match_info.route.name
-    if name == "static" or request.match_info.http_exception is not None:
-        return await handler(request)  # files and errors (404, 405) are the same for everybody
-    request["session"] = None
-    try:
-        request["session"] = await current_session(request)
-    except (PyMongoError, TimeoutError):
-        if name not in PUBLIC_ROUTES:  # the empty forms work without the database
-            raise
-    if request["session"] is None and name not in PUBLIC_ROUTES:
+    # The set names what is public, not what is private: a route that somebody
+    # adds and forgets here is closed, not open (deny by default). Errors (404,
+    # 405) are the same for everybody.
+    if name in PUBLIC_ROUTES or request.match_info.http_exception is not None:
+        return await handler(request)
+    request["session"] = await current_session(request)
+    if request["session"] is None:
         if name == "websocket":  # a script cannot see a redirect
             raise web.HTTPUnauthorized(text="Please log in.")
         raise redirect_to(request, "login")
@@ -535,9 +542,11 @@ async def current_session(request: web.Request) -> Session | None:
 async def db_handler(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Put the database into the request, and stop a handler that waits for it too long."""
     request["db"] = request.app[ROOM].db
+    # Motor limits each operation, see timeoutMS in connect(). But a handler may
+    # need several, and many waiting handlers share a few threads of Motor's.
     if request.match_info.route.name == "websocket":
         return await handler(request)  # this one runs as long as the client stays
-    async with asyncio.timeout(DATABASE_TIMEOUT):
+    async with asyncio.timeout(REQUEST_TIMEOUT):
         return await handler(request)
 
 
@@ -561,7 +570,8 @@ async def set_headers(request: web.Request, response: web.StreamResponse) -> Non
     """Add headers to every response. A middleware would see a WebSocket's 101 too late."""
     response.headers.update(SECURITY_HEADERS)
     response.headers["Cache-Control"] = cache_control(request, response.status)
-    if HTTPS:  # use HTTPS only, for a year (HSTS)
+    # HSTS: for a year, the browser uses only HTTPS for this site.
+    if HTTPS:
         response.headers["Strict-Transport-Security"] = "max-age=31536000"
 
 
@@ -605,6 +615,7 @@ async def database(app: web.Application) -> AsyncIterator[None]:
     else:
         print("Warning: this MongoDB server has no change streams, so run only one process.")
     tasks = [asyncio.create_task(keep_running(room, step)) for step in steps]
+    # Here aiohttp starts to listen. It comes back when the program ends.
     yield
     # All handlers have returned. A task that is cancelled may need a moment.
     for task in tasks:
@@ -649,6 +660,8 @@ def data_folder() -> Path:
 async def connect(uri: str) -> tuple[Database, bool]:
     """Open the database of a connection string; also say whether it is a replica set's."""
     # These arguments take priority over the options in the connection string.
+    # The client connects when it is first used, and again when a connection is
+    # lost. It keeps several connections, so that queries can run side by side.
     client: AsyncIOMotorClient[dict[str, Any]] = AsyncIOMotorClient(
         uri,
         # A write is acknowledged when a majority of the servers of the replica
@@ -661,6 +674,7 @@ async def connect(uri: str) -> tuple[Database, bool]:
         maxStalenessSeconds=-1,
         # Send a write again if its answer is lost. It is carried out once.
         retryWrites=True,
+        # Give up an operation after this time, with all its retries.
         timeoutMS=DATABASE_TIMEOUT * 1000,
         tz_aware=True,  # times with a time zone, which is UTC
     )
@@ -670,7 +684,8 @@ async def connect(uri: str) -> tuple[Database, bool]:
     if name == "admin":  # many providers' strings name it, but it has no change streams
         name = "chat"
     # Ask what kind of server it is. A replica set may have no primary just now,
-    # so try again for a while. Each try takes DATABASE_TIMEOUT at most.
+    # so try again for a while. Each try takes DATABASE_TIMEOUT at most: when the
+    # program is stopped meanwhile, its end waits for a try.
     hello = None
     async with asyncio.timeout(START_TIMEOUT):
         while hello is None:
@@ -742,6 +757,7 @@ class Room:
 
     def enter(self, connection: Connection) -> None:
         """Add a connection, tell it who is online, and tell the others if a user has joined."""
+        # First tell the others, then add it: so it gets no "joined" of its own.
         self.show_online(self.online | {connection.user})
         self.connections.add(connection)
         connection.send([{"type": "online", "users": sorted(self.online)}])
@@ -783,6 +799,7 @@ class Room:
 
         `events` must be in order, and there must be no gap between `latest_id` and the first.
         """
+        # The Writer and the Reconciler may both bring the same message.
         news = [event for event in events if event["id"] > self.latest_id]
         if news:
             self.latest_id = news[-1]["id"]
@@ -989,6 +1006,7 @@ class Reconciler:
         """Publish what other processes have stored."""
         await self.wait_for_change("messages")
         await self.room.catch_up()
+        # The database has answered, so the Writer may try again.
         self.writer.failing = False
 
     async def sync_presence(self) -> None:
@@ -1015,6 +1033,7 @@ class Reconciler:
     async def sync_sessions(self) -> None:
         """Close (code 1008) the WebSockets of sessions that were logged out, or have expired."""
         await self.wait_for_change("revoked_sessions")
+        # Only the sessions that are connected here: others are authorize()'s task.
         ids = [connection.session["id"] for connection in self.room.connections]
         found = self.room.db.revoked_sessions.find({"_id": {"$in": ids}})
         revoked = {session["_id"] async for session in found}
@@ -1031,6 +1050,8 @@ async def keep_running(room: Room, step: Callable[[], Awaitable[None]]) -> None:
     while True:
         try:
             await step()
+        # Cancelling, at the end, raises CancelledError. That is no Exception, so it
+        # passes through here and ends the loop.
         except Exception as error:
             is_bug = not isinstance(error, (PyMongoError, TimeoutError))
             log.warning("%s will be retried: %s", step.__name__, describe(error), exc_info=is_bug)
@@ -1054,6 +1075,7 @@ def set_up_templates(app: web.Application) -> None:
 
     It escapes whatever a template prints, so what users write never becomes HTML.
     """
+    # trim_blocks: a line that has only a {% tag %} leaves no empty line in the page.
     loader = jinja2.FileSystemLoader(HERE / "templates")
     environment = aiohttp_jinja2.setup(app, loader=loader, trim_blocks=True)
     # The templates can also use url(), which makes URLs from the routes' names.
@@ -1095,8 +1117,9 @@ def secret_key() -> bytes:
 
 async def show_form(request: web.Request) -> web.StreamResponse:
     """``GET /login`` and ``/signup``: the empty form, or a redirect for a user."""
-    if request["session"] is not None:
-        raise redirect_to(request, "chat")
+    with suppress(PyMongoError, TimeoutError):  # the empty form works without the database
+        if await current_session(request) is not None:
+            raise redirect_to(request, "chat")
     return render_form(request, 200)
 
 
@@ -1158,6 +1181,8 @@ async def sign_up(request: web.Request) -> web.StreamResponse:
         return render_form(request, 400, login=login, error="login")
     if not 8 <= len(password) <= 200:
         return render_form(request, 400, login=login, error="password")
+    # Only the hash is stored. A thief of the database must still guess each
+    # password, and each guess takes as long as this call.
     async with hash_turn(request.app):
         password_hash = await asyncio.to_thread(hash_password, password)
     user = {"_id": normalize_login(login), "login": login, "password": password_hash}
@@ -1180,6 +1205,7 @@ async def start_session(request: web.Request, login: str) -> NoReturn:
     # Always a new session. If an attacker had planted one in the browser, that
     # one would now be logged in (session fixation).
     session = await new_session(request)
+    # The middleware encrypts this and puts it into the cookie of the response.
     session.update({"id": token_hex(16), "user": login})
     raise redirect_to(request, "chat")
 
@@ -1189,6 +1215,7 @@ async def log_out(request: web.Request) -> NoReturn:
     await request.read()  # the body has nothing of interest, but may be too large (413)
     room = request.app[ROOM]
     session = request["session"]
+    # By then, the cookie has expired, too, so nobody needs to look it up.
     expires_at = datetime.now(UTC) + SESSION_LIFETIME
     revoked = {"_id": session["id"], "process_id": room.process_id, "expires_at": expires_at}
     with suppress(DuplicateKeyError):  # another tab has logged out, too
@@ -1238,6 +1265,7 @@ async def retry_after(db: Database, attempt: str) -> int:
 
     The failed logins are stored, so that all processes count together (rate limiting).
     """
+    # MongoDB deletes expired documents only once a minute, so check the time.
     now = datetime.now(UTC)
     recent = db.failed_logins.find({"attempt": attempt, "expires_at": {"$gt": now}})
     failures = await recent.sort("expires_at").to_list()
@@ -1283,6 +1311,7 @@ def main() -> None:
     # Print each line at once, also where the output is a log and no terminal.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
+        # Listen before anything else starts: a wrong port is found at once.
         listening = create_socket()
         app = create_app()
         # Heroku's router keeps idle connections for 90 s, so we keep them longer.
@@ -1309,20 +1338,14 @@ async def shut_down(app: web.Application) -> None:
     """Graceful shutdown: store or answer what clients have sent, then close (code 1001)."""
     # First, refuse new messages. Otherwise, a client that sends without pause
     # could delay the end as long as it likes.
-    app[WRITER].closing = True
-    # A batch whose task has not started yet needs one turn to line up for the
-    # lock. When it is our turn, all batches are done.
-    await asyncio.sleep(0)
-    async with app[WRITER].lock:
-        pass
+    writer = app[WRITER]
+    writer.closing = True
+    while writer.waiting or writer.lock.locked():
+        await asyncio.sleep(0.01)
     # Clients may have sent more while their last message was being stored. Let
     # their handlers answer that, too.
-    connections = app[ROOM].connections
-    with suppress(TimeoutError):
-        async with asyncio.timeout(CLOSE_TIMEOUT):
-            while not all(connection.idle for connection in connections):
-                await asyncio.sleep(0.01)
-    for connection in list(connections):
+    await asyncio.sleep(CLOSE_TIMEOUT)
+    for connection in list(app[ROOM].connections):
         connection.end(WSCloseCode.GOING_AWAY)
     # aiohttp waits for the handlers, see shutdown_timeout in main().
 
