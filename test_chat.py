@@ -2798,7 +2798,7 @@ def test_terms():
     assert len(rows) > 20
     texts = {text.name: text.read_text() for text in chapters}
     for term, name, anchor in rows:
-        word = rf"\b{re.escape(term)}(s|es)?\b"
+        word = rf"(?<![\w-]){re.escape(term)}(s|es)?\b"
         before = earlier + "".join(prose(texts[each]) for each in sorted(texts) if each < name)
         assert not re.search(word, before, re.IGNORECASE), f"{term}: used before {name}"
         first = re.search(rf"(\*\*)?{word}(\*\*)?", prose(texts[name]), re.IGNORECASE)
