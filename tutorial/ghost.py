@@ -3,7 +3,6 @@
 from datetime import UTC, datetime
 
 import pymongo
-
 from client import database
 
 messages = database().messages

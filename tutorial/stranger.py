@@ -3,7 +3,6 @@
 import asyncio
 
 import aiohttp
-
 from client import log_in
 
 
