@@ -2657,6 +2657,7 @@ async def test_page_needs_no_sideways_scrolling(chat, width, zoom):
 
 CHAPTERS = sorted((HERE / "tutorial").glob("[0-9]*.md"))
 TEXTS = [HERE / "README.md", HERE / "tutorial" / "README.md", *CHAPTERS]
+TEXTS.append(HERE / "tutorial" / "how-it-is-tested.md")
 LINK = re.compile(r"!?\[([^\]\n]*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```([\w -]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 each_text = pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
