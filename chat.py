@@ -676,6 +676,7 @@ async def connect(uri: str) -> tuple[Database, bool]:
         retryWrites=True,
         # Give up an operation after this time, with all its retries.
         timeoutMS=DATABASE_TIMEOUT * 1000,
+        connectTimeoutMS=DATABASE_TIMEOUT * 1000,
         tz_aware=True,  # times with a time zone, which is UTC
     )
     if "." in urlsplit(uri).path:  # PyMongo would take what follows for a collection
@@ -691,6 +692,10 @@ async def connect(uri: str) -> tuple[Database, bool]:
         while hello is None:
             with suppress(ConnectionFailure):
                 hello = await client[name].command("hello")
+            # A server that accepts connections and never answers is not about to start.
+            servers = client.delegate.topology_description.server_descriptions().values()
+            if all(isinstance(server.error, pymongo.errors.NetworkTimeout) for server in servers):
+                raise TimeoutError
     # A replica set tells its name. In front of a cluster of several replica sets
     # there is a server called mongos, which says "msg" instead.
     is_replica_set = "setName" in hello or "msg" in hello
