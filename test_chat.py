@@ -237,12 +237,15 @@ def mongo(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def replica_set(mongo):
-    """Like `mongo`, for several processes: a standalone MongoDB cannot connect those."""
+def replica_set(mongo, tmp_path_factory):
+    """Like `mongo`, for several processes. A standalone MongoDB cannot connect those."""
     with pymongo.MongoClient(mongo()) as client:
-        if not {"setName", "msg"} & client.admin.command("hello").keys():
-            pytest.skip("this MongoDB is neither a replica set nor a cluster")
-    return mongo
+        connects = {"setName", "msg"} & client.admin.command("hello").keys()
+    if connects:
+        yield mongo
+    else:
+        with Mongo(tmp_path_factory.mktemp("replica-set")) as server:
+            yield lambda: server.uri("test_" + secrets.token_hex(4))
 
 
 @pytest.fixture(scope="module")
