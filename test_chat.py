@@ -2934,7 +2934,7 @@ async def test_flaws_of_the_naive_chat(mongo, tmp_path):
         await expect(cleo.locator("p")).to_have_text("Cleo: Hello?")
         await ben.reload()
         await expect(ben.locator("p")).to_have_count(2)
-        naive.kill()
+        assert await naive.end(signal.SIGINT, PATIENCE) == 0
         await write(ann, "Ann", "lost")  # a lost connection loses a message
         naive.command = [*naive.command[:-1], naive.env["PORT"]]
         await asyncio.to_thread(naive.start)
