@@ -2659,7 +2659,7 @@ async def test_page_needs_no_sideways_scrolling(chat, width, zoom):
 # ---------------------------------------------------------------------------
 # The tutorial against the code
 # ---------------------------------------------------------------------------
-# A link into a file with lines has the form  [`name`](../chat.py#L1-L9)  and may be followed
+# A link into a file with lines has the form  [`name`](../chat.py#L1)  and may be followed
 # by an excerpt of that definition (a `python` or `js` block); in other files the name is what
 # the line contains. An `sh` block has commands, and the `text` block right after it what they
 # print. An exercise stands in <details>: its `diff` blocks are applied to a copy of the chat,
@@ -2692,9 +2692,10 @@ def definitions(path):
                 first = min([each.lineno, *(one.lineno for one in each.decorator_list)])
                 found[prefix + each.name] = first, each.end_lineno
             elif isinstance(each, (ast.Assign, ast.AnnAssign)) and not prefix:
-                for name in ast.walk(each):
-                    if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
-                        found[name.id] = each.lineno, each.end_lineno
+                for target in getattr(each, "targets", None) or [each.target]:
+                    for name in ast.walk(target):
+                        if isinstance(name, ast.Name):
+                            found[name.id] = each.lineno, each.end_lineno
     return found
 
 
@@ -2944,7 +2945,7 @@ async def test_flaws_of_the_naive_chat(mongo, tmp_path):
         await expect(cleo.locator("p")).to_have_text("Cleo: Hello?")
         await ben.reload()
         await expect(ben.locator("p")).to_have_count(2)
-        naive.kill()
+        assert await naive.end(signal.SIGINT, PATIENCE) == 0
         await write(ann, "Ann", "lost")  # a lost connection loses a message
         naive.command = [*naive.command[:-1], naive.env["PORT"]]
         await asyncio.to_thread(naive.start)

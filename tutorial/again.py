@@ -22,7 +22,7 @@ async def main():
                 while True:
                     seen += (await next_texts(bens_ws)).count(text)
         except TimeoutError:
-            print("Ann has sent it twice. Ben has seen it", "once." if seen == 1 else "twice.")
+            print("Ann has sent it twice. Ben has seen it", ["never.", "once.", "twice."][seen])
 
 
 asyncio.run(main())

@@ -56,4 +56,5 @@ app.add_routes([web.get("/", page), web.get("/ws", websocket)])
 
 if __name__ == "__main__":
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
-    web.run_app(app, host="127.0.0.1", port=port)
+    # Without shutdown_timeout, Ctrl-C would wait until nobody is connected any more.
+    web.run_app(app, host="127.0.0.1", port=port, shutdown_timeout=0.1)

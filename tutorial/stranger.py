@@ -13,7 +13,7 @@ async def main():
         except aiohttp.WSServerHandshakeError as error:
             print("Refused:", error.status)
         else:
-            print("Connected: evil.example can read the chat, and write as Ann.")
+            print("Connected: evil.example can read the chat, and write in it.")
 
 
 asyncio.run(main())
