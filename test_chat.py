@@ -2324,7 +2324,7 @@ async def tab(it, chat, login=None, sign_up=True, **options):
 
 
 async def fill_form(page, login, password=PASSWORD):
-    await page.get_by_label("Login").fill(login)
+    await page.get_by_label("Username").fill(login)
     await page.get_by_label("Password").fill(password)
     await page.keyboard.press("Enter")
 
@@ -2367,7 +2367,7 @@ async def test_page_two_people(mongo):
         tab(it, chat, "anna") as anna,
         tab(it, chat, "Боря") as boris,
     ):
-        await expect(anna.locator("#news")).to_have_text("Боря has come")
+        await expect(anna.locator("#news")).to_have_text("Боря joined")
         await expect(anna.locator("#text")).to_be_focused()
         await type_in(anna, "Hello!")
         await type_in(anna, "<b>bold?</b> https://example.com/a?b=1, שלום")
@@ -2389,7 +2389,7 @@ async def test_page_two_people(mongo):
             await has_no_barriers(page)
             await expect(page.locator("#unsent li")).to_have_count(0)
         await boris.context.close()
-        await expect(anna.locator("#news")).to_have_text("Боря has left")
+        await expect(anna.locator("#news")).to_have_text("Боря left")
         async with tab(it, chat, sign_up=False) as page:
             for path in ("/login", "/signup", "/nothing"):
                 await page.goto(chat.url + path)
@@ -2397,7 +2397,7 @@ async def test_page_two_people(mongo):
             await page.goto(chat.url + "/login")
             await fill_form(page, "anna", "wrong password")
             await expect(page.get_by_role("alert")).to_be_visible()
-            await expect(page.get_by_label("Login")).to_have_value("anna")
+            await expect(page.get_by_label("Username")).to_have_value("anna")
             bad = page.locator("[aria-invalid=true]")
             assert await bad.get_attribute("name") == "password"
             await has_no_barriers(page)
@@ -2416,10 +2416,10 @@ async def test_page_reconnects(mongo):
         await wait_for_texts(boris, "before")
         chat.kill()
         for page in (anna, boris):
-            await expect(page.locator("#connection")).to_contain_text("Not connected")
+            await expect(page.locator("#connection")).to_contain_text("Disconnected")
             for number in (1, 2, 3):
                 await type_in(page, f"{page.login} {number}")
-            await expect(page.locator("#unsent .state")).to_have_text(["Sending …"] * 3)
+            await expect(page.locator("#unsent .state")).to_have_text(["Sending…"] * 3)
             await page.locator("#text").fill("half a sent")
         chat.start()
         for page in (anna, boris):
@@ -2450,7 +2450,7 @@ async def test_page_and_a_message_that_could_not_be_stored(tmp_path):
             mongo.kill()
             for text in ("again", "edit"):
                 await type_in(page, text)
-            refused = page.locator("#unsent .failed")
+            refused = page.locator("#unsent .failed .state")
             await expect(refused).to_have_count(2, timeout=12000)
             await expect(refused.first).to_contain_text("could not be")
             mongo.start()
@@ -2466,7 +2466,7 @@ async def test_page_and_a_message_that_could_not_be_stored(tmp_path):
             await expect(page.locator("#text")).to_have_value("edit")
             for _ in range(10):
                 await page.get_by_role("button", name="Try again").click()
-                await expect(page.locator("#unsent .state:not(.failed)")).to_have_count(0)
+                await expect(page.locator("#unsent li:not(.failed)")).to_have_count(0)
                 if await page.locator("#messages li").count() == 2:
                     break
                 await asyncio.sleep(0.5)
@@ -2528,9 +2528,9 @@ async def test_page_typing(chat):
         await expect(page.locator("#messages .text").last).to_have_text("begin")
         box, counter = page.locator("#text"), page.locator("#counter")
         await box.fill("😀" * 1900)
-        await expect(counter).to_have_text("100 characters left")
+        await expect(counter).to_have_text("Characters left: 100")
         await box.fill("😀" * 2003)
-        await expect(counter).to_have_text("3 characters too many")
+        await expect(counter).to_have_text("Characters left: -3")
         await box.press("Enter")
         await expect(box).to_have_value("😀" * 2003)  # refused, and kept whole
         await page.reload()
@@ -2645,7 +2645,7 @@ async def test_page_needs_no_sideways_scrolling(chat, width, zoom):
         async with tab(it, chat, login, viewport=viewport, device_scale_factor=zoom) as page:
             await type_in(page, "w" * 300)
             await expect(page.get_by_text("w" * 300).last).to_be_visible()
-            await page.locator("summary").click()
+            await page.locator("#people-button").click()
             wide = "document.documentElement.scrollWidth > innerWidth"
             assert not await page.evaluate(wide)
             await page.goto(chat.url + "/nothing")
