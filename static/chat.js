@@ -17,17 +17,28 @@ const $ = (id) => document.getElementById(id);
 const { user, textMax, pageSize } = $("chat").dataset;
 const [log, list, older, box] = ["log", "messages", "older", "text"].map($);
 const copyOf = (id) => $(id).content.firstElementChild.cloneNode(true);
+const authorOf = (item) => item.querySelector(".name").textContent;
+const dateOf = (item) => new Date(item.querySelector("time").dateTime);
+
+// One message that causes an exception must not stop the others.
+function attempt(action) {
+  try {
+    action();
+  } catch (error) {
+    console.error(error);
+  }
+}
 
 // ---- One message
 // Fill in a copy of the page's <template>, or a message that the server has rendered.
 function fillIn(item, { id, key, user: author, text, time }) {
-  Object.assign(item.dataset, { id, key, user: author, time });
+  Object.assign(item.dataset, { id, key });
   item.classList.toggle("mine", author === user);
   item.querySelector(".text").replaceChildren(...withLinks(text));
   const stamp = item.querySelector("time");
   stamp.dateTime = time;
-  stamp.title = new Date(time).toLocaleString();
-  stamp.textContent = new Date(time).toLocaleTimeString([], { timeStyle: "short" });
+  stamp.title = dateOf(item).toLocaleString();
+  stamp.textContent = dateOf(item).toLocaleTimeString([], { timeStyle: "short" });
   return setName(item, author);
 }
 
@@ -53,13 +64,13 @@ function setName(item, name) {
 
 // Show the day if it is a new one, and the author unless the same person goes on.
 function groupWithPrevious(item) {
-  const previous = item.previousElementSibling?.dataset;
-  const [date, before] = [item.dataset.time, previous?.time].map((time) => new Date(time));
-  const sameDay = date.toDateString() === before.toDateString();
-  const soon = sameDay && date - before < GROUP_TIME;
+  const previous = item.previousElementSibling;
+  const date = dateOf(item);
+  const sameDay = previous !== null && dateOf(previous).toDateString() === date.toDateString();
+  const soon = sameDay && date - dateOf(previous) < GROUP_TIME;
   item.querySelector(".day").textContent = date.toLocaleDateString([], { dateStyle: "full" });
   item.querySelector(".day").hidden = sameDay;
-  item.classList.toggle("same", soon && item.dataset.user === previous.user);
+  item.classList.toggle("same", soon && authorOf(previous) === authorOf(item));
 }
 
 // ---- Reading. The log scrolls upwards: its scrollTop is 0 at the bottom, and negative above
@@ -224,13 +235,7 @@ function connect() {
 
 function receive(events) {
   const height = log.scrollHeight;
-  for (const event of events) {
-    try {
-      handlers[event.type]?.(event); // unknown types are ignored
-    } catch (error) {
-      console.error(error); // and go on with the next one
-    }
-  }
+  for (const event of events) attempt(() => handlers[event.type]?.(event)); // unknown types are ignored
   // What comes in below must not move what somebody reads further up.
   if (log.scrollTop > -NEAR) toBottom();
   else log.scrollTop -= log.scrollHeight - height;
@@ -297,19 +302,25 @@ const handlers = {
 };
 
 // ---- Start
+// Take over a message that the server has rendered.
+function adopt(item) {
+  const { id, key } = item.dataset;
+  newest = Number(id);
+  confirm({ key, user: authorOf(item) });
+  const text = item.querySelector(".text").textContent;
+  fillIn(item, { id, key, user: authorOf(item), text, time: item.querySelector("time").dateTime });
+  groupWithPrevious(item);
+}
+
 function start() {
   const names = (tryStorage(Object.keys) ?? []).filter((name) => name.startsWith(outboxName));
   for (const name of names.sort()) {
     const { text, failed = "" } = load(name) ?? {};
     if (typeof text === "string") addToOutbox({ key: name.slice(outboxName.length), text, failed });
   }
-  for (const item of list.children) {
-    fillIn(item, { ...item.dataset, text: item.querySelector(".text").textContent });
-    groupWithPrevious(item);
-    confirm(item.dataset);
-    newest = Number(item.dataset.id);
-  }
-  box.value = `${load(draftName) ?? ""}${box.value}`; // somebody may have typed already
+  for (const item of list.children) attempt(() => adopt(item));
+  const draft = load(draftName);
+  if (typeof draft === "string") box.value = draft + box.value; // that was typed already
   onInput();
   connect();
   $("write").querySelector("button").disabled = false;
