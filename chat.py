@@ -1129,11 +1129,14 @@ def secret_key() -> bytes:
 
 
 async def show_form(request: web.Request) -> web.StreamResponse:
-    """``GET /login`` and ``/signup``: the empty form, or a redirect for a user."""
+    """``GET /login`` and ``/signup``: the empty form, or a redirect for a user.
+
+    The page's JavaScript goes to ``/login?ended`` when the session has ended.
+    """
     with suppress(PyMongoError, TimeoutError):  # the empty form works without the database
         if await current_session(request) is not None:
             raise redirect_to(request, "chat")
-    return render_form(request, 200)
+    return render_form(request, 200, ended="ended" in request.query)
 
 
 def render_form(request: web.Request, status: int, **context: Any) -> web.Response:
@@ -1168,7 +1171,8 @@ async def log_in(request: web.Request) -> web.StreamResponse:
     async with hash_turn(request.app):
         seconds = await retry_after(db, attempt)
         if seconds > 0:
-            page = render_form(request, 429, login=login, error="throttled", seconds=seconds)
+            minutes = -(-seconds // 60)  # rounded up
+            page = render_form(request, 429, login=login, error="throttled", minutes=minutes)
             page.headers["Retry-After"] = str(seconds)
             return page
         user = await db.users.find_one({"_id": user_id})
