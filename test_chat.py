@@ -3183,14 +3183,14 @@ def test_commands(runs, text, part):
     runs[text, part].result()
 
 
-@asynchronous
-async def test_flaws_of_the_naive_chat(mongo, tmp_path):
+@on_pages
+async def test_flaws_of_the_naive_chat(mongo, chromium):
     """What the commands of chapters 1, 4 and 5 do not show: naive.py has these flaws, chat.py not."""
     script = "<img src=x onerror=alert(1)>"
     naive = Chat(command=[sys.executable, "tutorial/naive.py", "0"])
     other = Chat(command=naive.command)
-    async with naive, other, browser() as it, Chat(MONGODB_URI=mongo()) as chat:
-        ann, ben, cleo = [await it.new_page() for _ in range(3)]
+    async with naive, other, Chat(MONGODB_URI=mongo()) as chat:
+        ann, ben, cleo = [await chromium.new_page() for _ in range(3)]
         boxes = []
         for page, url in ((ann, naive.url), (ben, naive.url), (cleo, other.url)):
             page.on("dialog", lambda box: (boxes.append(box.message), box.dismiss())[1])

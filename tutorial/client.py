@@ -22,7 +22,9 @@ async def log_in(user):
     form = {"login": user, "password": "long enough"}
     async with aiohttp.ClientSession(URL, cookie_jar=jar) as session:
         await session.post("/signup", data=form)
-        await session.post("/login", data=form)
+        answer = await session.post("/login", data=form)
+        if answer.status == 401:
+            sys.exit(f"{user} has another password here. Stop the chat, say rm -r data, start it.")
         yield session
 
 

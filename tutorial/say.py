@@ -1,4 +1,4 @@
-"""Say something, say it again with the same key, say something else, and send an invalid message."""
+"""Say something, again with the same key, then without a key, and send an invalid message."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ async def main():
     async with log_in("Ann") as session:
         ws = await session.ws_connect("/ws")
         print(await ws.receive_json())
-        for key, text in [("1", "Hello!"), ("1", "Hello!"), ("2", "/me waves"), ("3", "   ")]:
+        for key, text in [("1", "Hello!"), ("1", "Hello!"), (None, "/me waves"), ("2", "   ")]:
             await ws.send_json({"text": text, "key": key})
             print(await ws.receive_json())
 
