@@ -3209,7 +3209,7 @@ def runs(request, tmp_path_factory):
     """All parts of the chosen chapters, which run at the same time, each with a chat of its own."""
     chosen = [item for item in request.session.items if "runs" in item.fixturenames]
     keys = [(item.callspec.params["text"], item.callspec.params["part"]) for item in chosen]
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(4) as pool:
         houses = {key: copy_house(tmp_path_factory.mktemp("house")) for key in keys}
         yield {key: pool.submit(run_part, *key, houses[key]) for key in keys}
 

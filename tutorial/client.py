@@ -35,6 +35,9 @@ async def next_texts(ws):
         received = await ws.receive_json()
         # The naive chat sends one message in a frame, and chat.py a list of events.
         events = received if isinstance(received, list) else [received]
+        for event in events:
+            if event.get("type") == "error":
+                sys.exit(event["text"])
         texts = [event["text"] for event in events if "user" in event and "text" in event]
     return texts
 
