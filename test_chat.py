@@ -3223,7 +3223,7 @@ def test_commands(runs, text, part):
 
 @on_pages
 async def test_flaws_of_the_naive_chat(mongo, chromium):
-    """What the commands of chapters 1, 4 and 5 do not show: naive.py has these flaws, chat.py not."""
+    """The flaws that no command of chapters 1, 4 and 5 shows: naive.py has them, chat.py has not."""
     script = "<img src=x onerror=alert(1)>"
     naive = Chat(command=[sys.executable, "tutorial/naive.py", "0"])
     other = Chat(command=naive.command)
