@@ -1155,13 +1155,11 @@ def secret_key() -> bytes:
 
 
 async def show_form(request: web.Request) -> web.StreamResponse:
-    """``GET /login`` and ``/signup``: the empty form, or a redirect for a user.
-
-    The page's JavaScript goes to ``/login?ended`` when the session has ended.
-    """
+    """``GET /login`` and ``/signup``: the empty form, or a redirect for a user."""
     with suppress(PyMongoError, TimeoutError):  # the empty form works without the database
         if await current_session(request) is not None:
             raise redirect_to(request, "chat")
+    # Our JavaScript goes to /login?ended when the session has ended.
     return render_form(request, 200, ended="ended" in request.query)
 
 

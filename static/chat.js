@@ -1,15 +1,12 @@
-// The chat page. Without this script it still shows the messages, and links to older ones.
-// Follow a message through five functions: connect() opens the WebSocket, publish() shows a
-// message that arrives, send() takes what was typed, transmit() puts it on the WebSocket, and
-// confirm() takes it out of the outbox when the server has stored it.
+// The chat page. Follow a message through five functions: connect() opens the WebSocket,
+// publish() shows a message that arrives, send() takes what was typed, transmit() puts it on the
+// WebSocket, and confirm() takes it out of the outbox when the server has stored it.
 
 const RETRY_MIN = 500; // milliseconds until the first attempt to connect again
 const RETRY_MAX = 4_000; // milliseconds until a later attempt, plus up to a quarter
 const CONNECT_TIMEOUT = 4_000; // milliseconds for the server to answer when we connect
-const FETCH_TIMEOUT = 10_000; // milliseconds for a page of older messages
-const ANSWER_TIMEOUT = 15_000; // milliseconds for the answer to a message that was sent
+const ANSWER_TIMEOUT = 12_000; // milliseconds for it to store a message, or to find older ones
 const LEFT_DELAY = 2_000; // milliseconds that people must be away before we say that they left
-const GROUP_TIME = 300_000; // milliseconds within which messages of one person form a group
 const SHOWN_MAX = 300; // messages on the page, while the reader is at the bottom
 const NEAR = 60; // pixels from the bottom that still count as the bottom
 
@@ -20,12 +17,13 @@ const copyOf = (id) => $(id).content.firstElementChild.cloneNode(true);
 const authorOf = (item) => item.querySelector(".name").textContent;
 const dateOf = (item) => new Date(item.querySelector("time").dateTime);
 
-// One message that causes an exception must not stop the others.
+// One bad message must not stop the page, nor a storage that is forbidden or holds nonsense.
 function attempt(action) {
   try {
-    action();
+    return action();
   } catch (error) {
     console.error(error);
+    return null;
   }
 }
 
@@ -37,7 +35,6 @@ function fillIn(item, { id, key, user: author, text, time }) {
   item.querySelector(".text").replaceChildren(...withLinks(text));
   const stamp = item.querySelector("time");
   stamp.dateTime = time;
-  stamp.title = dateOf(item).toLocaleString();
   stamp.textContent = dateOf(item).toLocaleTimeString([], { timeStyle: "short" });
   return setName(item, author);
 }
@@ -67,16 +64,14 @@ function groupWithPrevious(item) {
   const previous = item.previousElementSibling;
   const date = dateOf(item);
   const sameDay = previous !== null && dateOf(previous).toDateString() === date.toDateString();
-  const soon = sameDay && date - dateOf(previous) < GROUP_TIME;
   item.querySelector(".day").textContent = date.toLocaleDateString([], { dateStyle: "full" });
   item.querySelector(".day").hidden = sameDay;
-  item.classList.toggle("same", soon && authorOf(previous) === authorOf(item));
+  item.classList.toggle("same", sameDay && authorOf(previous) === authorOf(item));
 }
 
 // ---- Reading. The log scrolls upwards: its scrollTop is 0 at the bottom, and negative above
 // (column-reverse in chat.css). So it stays at the bottom by itself, whatever changes above.
 let newest = 0; // the highest number of a message on the page
-
 function publish(message) {
   confirm(message);
   if (message.id <= newest) return; // it is on the page already
@@ -98,8 +93,8 @@ function toBottom() {
 
 function onScroll() {
   if (log.scrollTop > -NEAR) $("jump").hidden = true;
-  const above = log.scrollHeight - log.clientHeight + log.scrollTop; // pixels
-  if (above < log.clientHeight && older.className === "") loadOlder();
+  const isNearTop = log.scrollHeight + log.scrollTop < 2 * log.clientHeight;
+  if (isNearTop && older.className === "") loadOlder();
 }
 
 // `user` is for the server: somebody else may have logged in at this browser since.
@@ -107,7 +102,7 @@ async function fetchMessages(before, timeout) {
   const url = `/messages?${new URLSearchParams({ before, user })}`;
   const response = await fetch(url, { signal: AbortSignal.timeout(timeout) });
   if (response.redirected) goToLogin();
-  return (await response.json()).messages; // a page of HTML, such as an error, is an exception
+  return (await response.json()).messages; // the page of an error is no JSON: an exception
 }
 
 async function loadOlder(event) {
@@ -115,15 +110,15 @@ async function loadOlder(event) {
   if (older.hidden || older.className === "loading") return;
   older.className = "loading";
   const first = list.firstElementChild;
-  const messages = await fetchMessages(first.dataset.id, FETCH_TIMEOUT).catch(() => null);
+  const messages = await fetchMessages(first.dataset.id, ANSWER_TIMEOUT).catch(() => null);
   older.className = messages ? "" : "failed"; // after a failure, only when asked
   if (!messages || first !== list.firstElementChild) return; // or toBottom() has removed it
   log.setAttribute("aria-live", "off"); // a screen reader need not read these out
   setTimeout(() => log.removeAttribute("aria-live"), 500);
-  list.prepend(...messages.map((message) => fillIn(copyOf("message"), message)));
+  const items = messages.map((message) => attempt(() => fillIn(copyOf("message"), message)) ?? "");
+  list.prepend(...items);
   [...list.children].slice(0, messages.length + 1).forEach(groupWithPrevious);
   older.hidden = messages.length < pageSize || messages[0].id === 1;
-  if (older.hidden && document.activeElement === older) log.focus();
 }
 
 // ---- Writing. A message waits in the outbox, and in the browser's storage, until the server
@@ -132,24 +127,14 @@ const outbox = new Map(); // key -> { key, text, failed, item }
 const outboxName = `unsent ${user} `; // and the key: the name of a message in the storage
 const draftName = `draft ${user}`;
 
-// The storage may be forbidden (then even to name it throws) or full, or may hold nonsense.
-function tryStorage(action) {
-  try {
-    return action(localStorage);
-  } catch {
-    return null;
-  }
-}
-
-const load = (name) => tryStorage((storage) => JSON.parse(storage.getItem(name)));
-const save = (name, value) => tryStorage((storage) => storage.setItem(name, JSON.stringify(value)));
+const load = (name) => attempt(() => JSON.parse(localStorage.getItem(name)));
+const save = (name, value) => attempt(() => localStorage.setItem(name, JSON.stringify(value)));
 
 function send(event) {
   event.preventDefault();
   const text = box.value.trim();
   if (text === "" || [...text].length > textMax) return;
-  // The time comes first: so the keys can be sorted when the outbox is restored.
-  const key = `${Date.now()}-${crypto.getRandomValues(new Uint32Array(4)).join("-")}`;
+  const key = `${Date.now()}-${crypto.getRandomValues(new Uint32Array(4)).join("-")}`; // sortable
   transmit(addToOutbox({ key, text, failed: "" }));
   box.value = "";
   onInput();
@@ -158,12 +143,11 @@ function send(event) {
 
 function transmit(message) {
   if (message.failed || socket?.readyState !== WebSocket.OPEN) return;
-  const { key, text } = message;
-  const usedSocket = socket;
-  socket.send(JSON.stringify({ text, key }));
+  socket.send(JSON.stringify({ text: message.text, key: message.key }));
   // No answer at all, not even an error: the connection is dead, but the browser does not know.
+  const usedSocket = socket;
   setTimeout(() => {
-    if (outbox.has(key) && !message.failed && socket === usedSocket) dropConnection();
+    if (outbox.has(message.key) && !message.failed && socket === usedSocket) dropConnection();
   }, ANSWER_TIMEOUT);
 }
 
@@ -171,7 +155,7 @@ function confirm({ key, user: author }) {
   if (author !== user) return;
   outbox.get(key)?.item.remove();
   outbox.delete(key);
-  tryStorage((storage) => storage.removeItem(outboxName + key));
+  attempt(() => localStorage.removeItem(outboxName + key));
 }
 
 function addToOutbox(message) {
@@ -213,10 +197,8 @@ let socket = null;
 let timer; // gives up connecting, or tries again
 let retryDelay = RETRY_MIN;
 let leaving = false; // the session has ended, or is about to
-
 function connect() {
-  // after: the server sends everything that came after our newest message.
-  const query = new URLSearchParams({ after: newest, user });
+  const query = new URLSearchParams({ after: newest, user }); // we are sent all that is newer
   const opening = new WebSocket(`${location.origin.replace("http", "ws")}/ws?${query}`);
   socket = opening;
   clearTimeout(timer);
@@ -226,19 +208,16 @@ function connect() {
     $("connection").textContent = "";
     outbox.forEach(transmit); // in the order in which they were typed
   });
-  socket.addEventListener("message", ({ data }) => receive(JSON.parse(data)));
+  socket.addEventListener("message", ({ data }) => {
+    const height = log.scrollHeight;
+    for (const event of JSON.parse(data)) attempt(() => handlers[event.type]?.(event));
+    if (log.scrollTop > -NEAR) toBottom();
+    else log.scrollTop -= log.scrollHeight - height; // do not move what somebody reads
+  });
   socket.addEventListener("close", ({ code }) => {
     if (code === 1008) goToLogin();
     else if (socket === opening) dropConnection();
   });
-}
-
-function receive(events) {
-  const height = log.scrollHeight;
-  for (const event of events) attempt(() => handlers[event.type]?.(event)); // unknown types are ignored
-  // What comes in below must not move what somebody reads further up.
-  if (log.scrollTop > -NEAR) toBottom();
-  else log.scrollTop -= log.scrollHeight - height;
 }
 
 // Give up the connection, and try again. The browser itself may take minutes to notice.
@@ -267,12 +246,11 @@ function goToLogin() {
 }
 
 // ---- People
-let online = new Map(); // user -> the timer that will say that they left, or null
-
+let online = new Set(); // who is connected
+let shown = new Set(); // whom the page shows: also those who left a moment ago
 function showOnline(news) {
-  const names = [...online.keys()].sort();
-  $("online").replaceChildren(...names.map((name) => setName(copyOf("person"), name)));
-  for (const count of document.querySelectorAll(".count")) count.textContent = names.length;
+  $("online").replaceChildren(...[...shown].sort().map((name) => setName(copyOf("person"), name)));
+  for (const count of document.querySelectorAll(".count")) count.textContent = shown.size;
   $("news").textContent = news;
 }
 
@@ -281,49 +259,34 @@ const handlers = {
   error: ({ key, text }) => outbox.has(key) && mark(outbox.get(key), text),
   online({ users }) {
     retryDelay = RETRY_MIN;
-    online.forEach((leftTimer) => clearTimeout(leftTimer));
-    online = new Map(users.map((name) => [name, null]));
+    online = new Set(users);
+    shown = new Set(users);
     showOnline("");
   },
   joined({ user: name }) {
-    clearTimeout(online.get(name));
-    const isNews = !online.has(name);
-    online.set(name, null);
-    if (isNews) showOnline(`${name} joined`);
+    online.add(name);
+    if (shown.has(name)) return;
+    shown.add(name);
+    showOnline(`${name} joined`);
   },
   // Somebody who reloads the page leaves and joins at once. Nobody needs to know.
   left({ user: name }) {
-    const tell = () => {
-      online.delete(name);
-      showOnline(`${name} left`);
-    };
-    online.set(name, setTimeout(tell, LEFT_DELAY));
+    online.delete(name);
+    setTimeout(() => {
+      if (!online.has(name) && shown.delete(name)) showOnline(`${name} left`);
+    }, LEFT_DELAY);
   },
 };
 
 // ---- Start
 // Take over a message that the server has rendered.
 function adopt(item) {
-  const { id, key } = item.dataset;
-  newest = Number(id);
-  confirm({ key, user: authorOf(item) });
-  const text = item.querySelector(".text").textContent;
-  fillIn(item, { id, key, user: authorOf(item), text, time: item.querySelector("time").dateTime });
+  const time = item.querySelector("time").dateTime;
+  const message = { ...item.dataset, user: authorOf(item), time };
+  newest = Number(message.id);
+  confirm(message);
+  fillIn(item, { ...message, text: item.querySelector(".text").textContent });
   groupWithPrevious(item);
-}
-
-function start() {
-  const names = (tryStorage(Object.keys) ?? []).filter((name) => name.startsWith(outboxName));
-  for (const name of names.sort()) {
-    const { text, failed = "" } = load(name) ?? {};
-    if (typeof text === "string") addToOutbox({ key: name.slice(outboxName.length), text, failed });
-  }
-  for (const item of list.children) attempt(() => adopt(item));
-  const draft = load(draftName);
-  if (typeof draft === "string") box.value = draft + box.value; // that was typed already
-  onInput();
-  connect();
-  $("write").querySelector("button").disabled = false;
 }
 
 $("write").addEventListener("submit", send);
@@ -352,5 +315,18 @@ addEventListener("beforeunload", (event) => {
 });
 
 // ?before= is for readers without JavaScript. With it, the page shows the newest messages.
-if (location.search) location.replace("/");
-else start();
+if (location.search) {
+  location.replace("/");
+} else {
+  const names = attempt(() => Object.keys(localStorage)) ?? [];
+  for (const name of names.filter((name) => name.startsWith(outboxName)).sort()) {
+    const { text, failed = "" } = load(name) ?? {};
+    if (typeof text === "string") addToOutbox({ key: name.slice(outboxName.length), text, failed });
+  }
+  for (const item of list.children) attempt(() => adopt(item));
+  const draft = load(draftName);
+  if (typeof draft === "string") box.value = draft + box.value; // that was typed already
+  onInput();
+  connect();
+  $("write").querySelector("button").disabled = false;
+}
