@@ -2314,7 +2314,12 @@ def test_requirements_are_enough(tmp_path, mongo):
 AXE = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js").read_text()
 # What a browser says by itself when an answer is an error or the server is gone, and what the
 # tests break on purpose.
-EXPECTED = "Failed to load resource", "WebSocket connection to", "Error: broken on purpose", "SyntaxError"
+EXPECTED = (
+    "Failed to load resource",
+    "WebSocket connection to",
+    "Error: broken on purpose",
+    "SyntaxError",
+)
 MESSAGES = "#messages .text"
 LOG = "document.getElementById('log')"
 LOST_BOTTOM = f"{LOG}.scrollTop < -1"
@@ -3224,13 +3229,15 @@ def test_commands(runs, text, part):
     runs[text, part].result()
 
 
+SCRIPT = "<img src=x onerror=alert(1)>"
+
+
 @on_pages
-async def test_flaws_of_the_naive_chat(mongo, chromium):
-    """What the commands of chapters 1, 4 and 5 do not show: naive.py has these flaws, chat.py not."""
-    script = "<img src=x onerror=alert(1)>"
+async def test_flaws_of_the_naive_chat(chromium):
+    """The flaws of naive.py that no command of chapter 1 shows."""
     naive = Chat(command=[sys.executable, "tutorial/naive.py", "0"])
     other = Chat(command=naive.command)
-    async with naive, other, Chat(MONGODB_URI=mongo()) as chat:
+    async with naive, other:
         ann, ben, cleo = [await chromium.new_page() for _ in range(3)]
         boxes = []
         for page, url in ((ann, naive.url), (ben, naive.url), (cleo, other.url)):
@@ -3245,7 +3252,7 @@ async def test_flaws_of_the_naive_chat(mongo, chromium):
 
         await write(ann, "Ben", "It is me, Ben.")  # nobody knows who writes
         await expect(ben.locator("p")).to_have_text("Ben: It is me, Ben.")
-        await write(ann, "Ann", script)  # a script in a message runs
+        await write(ann, "Ann", SCRIPT)  # a script in a message runs
         async with asyncio.timeout(PATIENCE):
             while boxes != ["1", "1"]:
                 await asyncio.sleep(0.05)
@@ -3261,13 +3268,17 @@ async def test_flaws_of_the_naive_chat(mongo, chromium):
         await write(ben, "Ben", "Is anybody here?")
         await expect(ben.locator("p")).to_have_text("Ben: Is anybody here?")
 
-        async with people(chat, "Ann", "Ben") as (ann, ben):
-            await asyncio.gather(ann.connect(), ben.connect())
-            await ann.ws.send_json({"user": "Ben", "text": script})
-            await ben.until(lambda: ben.seen)
-            assert ben.seen[0]["user"] == "Ann"
-            page = await (await ben.ask("/")).text()
-            assert "<img" not in page and "&lt;img src=x" in page
+
+@asynchronous
+async def test_who_writes_and_what(chat):
+    """Flaws six and seven of naive.py: chat.py has neither."""
+    async with people(chat, None, None) as (ann, ben):
+        await asyncio.gather(ann.connect("new"), ben.connect("new"))
+        await ann.ws.send_json({"user": ben.login, "text": SCRIPT})
+        await ben.until(lambda: ben.seen)
+        assert [(each["user"], each["text"]) for each in ben.seen] == [(ann.login, SCRIPT)]
+        page = await (await ben.ask("/")).text()
+        assert "<img" not in page and "&lt;img src=x" in page
 
 
 if __name__ == "__main__":
