@@ -52,7 +52,7 @@ function withLinks(text) {
 // A name has the same hue everywhere. chat.css makes the colours from it (but no yellow).
 function setName(item, name) {
   let hue = 0;
-  for (const character of name) hue = (hue * 109 + character.codePointAt(0)) % 270;
+  for (const character of name) hue = (hue * 53 + character.codePointAt(0)) % 270;
   item.style.setProperty("--hue", hue);
   item.querySelector(".avatar").textContent = [...name][0].toUpperCase();
   item.querySelector(".name").textContent = name;
