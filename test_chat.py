@@ -2693,12 +2693,23 @@ async def test_page_two_people(chat, chromium):
             assert (await stamp.text_content()).startswith(f"{hour:02}:")
             await has_no_barriers(page)
             await expect(page.locator("#unsent li")).to_have_count(0)
-        # One reload is no news.
+        # A reload is no news.
+        await anna.evaluate("""window.news = [];
+            new MutationObserver(() => news.push(1)).observe(
+                document.getElementById("news"), { childList: true })""")
         await boris.reload()
         await type_in(boris, "back")
         await expect(anna.locator(MESSAGES).last).to_have_text("back")
-        await expect(anna.locator("#news")).to_have_text(f"{boris.login} joined")
-        await boris.context.close()
+        assert await anna.evaluate("news") == []
+
+        async def slowly(route):
+            await asyncio.sleep(0.5)
+            await route.continue_()
+
+        # Who logs out knows that the session has ended.
+        await boris.route("**/login*", slowly)
+        await boris.get_by_role("button", name="Log out").click()
+        await boris.wait_for_url(chat.url + "/login")
         await expect(anna.locator("#news")).to_have_text(f"{boris.login} left")
 
 
@@ -2784,7 +2795,12 @@ async def test_page_older_messages(mongo, chromium):
     )
     async with Chat(MONGODB_URI=uri) as chat, people(chat, None) as [person]:
         await person.connect("new")
-        async with tab(chromium, chat, script=impatient) as page:
+        async with tab(chromium, chat, "anna", script=impatient) as page:
+            # A message was stored, and her tab was closed before she knew.
+            await page.evaluate("""localStorage.setItem("unsent anna 5", '{"text": "x"}')""")
+            await page.reload()
+            await expect(page.locator("#unsent li")).to_have_count(0)
+            assert await texts(page) == wanted[-50:]
             older, again = page.locator("#older"), page.get_by_text("could not be loaded")
             for answer in (lambda route: route.abort(), lambda route: None):
                 await page.route("**/messages?*", answer)
@@ -2883,12 +2899,13 @@ async def test_page_and_its_storage(chat, chromium, script):
     async with tab(chromium, chat, script=script) as page:
         if not script:
             for name in ("draft ", "unsent "):
-                for value in ("null", "[]", '{"text": 5}', "{"):
+                for value in ("{", "null", "[]", '{"text": 5}'):
                     path = f"{name}{page.login}" + (f" {value}" if name == "unsent " else "")
                     await page.evaluate(
                         "([name, value]) => localStorage.setItem(name, value)", [path, value]
                     )
         await page.reload()
+        await expect(page.locator("#text")).to_have_value("")
         await type_in(page, f"from {page.login}")
         await expect(page.locator(MESSAGES).last).to_have_text(f"from {page.login}")
         await expect(page.locator("#unsent li")).to_have_count(0)
@@ -2917,11 +2934,13 @@ async def test_page_and_somebody_else(mongo, chromium):
         cookie = (await other.form("/login")).cookies["chat"].value
         chat.kill()
         await type_in(page, "a secret")
+        await page.keyboard.type("a draft")
         await expect(page.locator("#unsent li")).to_have_count(1)
         # Before the page is back, the cookie becomes another one's.
         await page.context.add_cookies([{"name": "chat", "value": cookie, "url": chat.url}])
         chat.start()
         await expect(page.locator("#chat")).to_have_attribute("data-user", "mallory", timeout=15000)
+        await expect(page.locator("#text")).to_have_value("")
         await type_in(page, "hello")
         await wait_for_texts(page, "hello")
         assert "a secret" not in await page.content()
@@ -2931,6 +2950,7 @@ async def test_page_and_somebody_else(mongo, chromium):
         await page.wait_for_url(chat.url + "/")
         await wait_for_texts(page, "hello", "a secret")
         await expect(page.locator("#messages b").last).to_have_text("anna")
+        await expect(page.locator("#text")).to_have_value("a draft")
 
 
 @on_pages
