@@ -21,6 +21,12 @@ How a message travels. The numbers (2) to (5) are at the lines that do it::
 
 Nobody sees a message before MongoDB has acknowledged it. Everybody sees all messages in the
 same order: the order of their numbers, which are 1, 2, 3, ... without gaps.
+
+The key is for lost connections. A browser that got no answer cannot know whether its message
+was stored. It sends the message again, and the key shows that it is the same one.
+
+All processes that use one database are one chat. One is enough for a start; with several, the
+chat can serve more people, and goes on when one of them ends.
 """
 
 # ---------------------------------------------------------------------------
@@ -91,20 +97,23 @@ PORT = ENVIRONMENT.get("PORT", "8080")
 HTTPS = ENVIRONMENT.get("HTTPS") == "1"  # behind a reverse proxy that handles HTTPS
 
 # The limits. Without them, one careless or hostile client could exhaust what
-# everybody shares.
+# everybody shares: memory, the database, or the time of the event loop. That
+# loop runs the coroutines (`async def`) of this process in turns: it can switch
+# to another one only where one waits at an `await`.
 
 PAGE_SIZE = 50  # messages, at most: in one query, in one page, and in Room.recent
 TEXT_MAX = 2_000  # characters of a message
 KEY_MAX = 64  # characters of a message's idempotency key
 BODY_MAX = 64 * 1024  # bytes of a form, and of a WebSocket message
-# Bytes that may wait for one client. A page of the longest messages must fit:
-# a character takes up to 6 bytes in JSON, so 50 * 2,000 * 6 = 600,000.
+# Bytes that may wait for one client. A page of the longest messages must fit: a
+# control character takes 6 bytes in JSON (\u0001), so 50 * 2,000 * 6 = 600,000.
 SEND_BUFFER_MAX = 1_000_000
-SEND_TIMEOUT = 60  # seconds for a client to take what was sent to it
+SEND_TIMEOUT = 60  # seconds for a client to read what was sent to it
 HEARTBEAT = 27  # seconds between pings; Heroku's router cuts after 55 of silence
-DATABASE_TIMEOUT = 3  # seconds for a batch of messages, or for a whole request
+DATABASE_TIMEOUT = 3  # seconds for a query, or for a batch of messages
+REQUEST_TIMEOUT = 5  # seconds for a handler, except the WebSocket's
 START_TIMEOUT = 20  # seconds at the start: a replica set elects a primary in about 10
-CLOSE_TIMEOUT = 0.5  # seconds for each step of the shutdown that waits for others
+CLOSE_TIMEOUT = 0.5  # seconds for each wait during the shutdown
 RETRY_DELAY = 0.5  # seconds until a task that failed is tried again
 SYNC_INTERVAL = 10  # seconds until a process looks for changes, even if it heard of none
 PRESENCE_TTL = timedelta(seconds=35)  # a process that was silent for so long is gone
@@ -115,17 +124,16 @@ HASH_QUEUE_MAX = 10  # people whose passwords may be waiting to be hashed
 
 # What clients get is a JSON array of events: {"type": "message", ...}. The other
 # types are online, joined, left and error.
-Event = dict[str, Any]
-# A database whose documents are dictionaries.
+ChatEvent = dict[str, Any]
 Database = AsyncIOMotorDatabase[dict[str, Any]]
 
 # Under these keys the application keeps what its handlers share. A string
 # would do, but it could clash with a string of some package. An AppKey cannot,
-# and it tells an editor the type. (The names of classes that are defined further
-# down have quotes.)
+# and it tells an editor the type. (A class that is defined further down can stand
+# only in the annotation, in quotes.)
 ROOM: web.AppKey["Room"] = web.AppKey("ROOM")
 WRITER: web.AppKey["Writer"] = web.AppKey("WRITER")
-# See hash_turn().
+# They limit the hashing of passwords, see hash_turn().
 HASH_SLOTS = web.AppKey("HASH_SLOTS", asyncio.Semaphore)
 HASH_LOCK = web.AppKey("HASH_LOCK", asyncio.Lock)
 
@@ -150,8 +158,9 @@ def explain(text: str, *expected: type[Exception]) -> Iterator[None]:
 
 def create_app() -> web.Application:
     """Put the application together. Raise StartupError if a setting is not usable."""
-    # A request passes through the middlewares from first to last, and its
-    # response from last to first.
+    # A middleware is a function around every handler. A request passes through
+    # them from first to last, and its response from last to first. So error_pages sees the errors of all others,
+    # and authorize can read the session that the one before it has prepared.
     middlewares: list[Middleware] = [error_pages, redirect_to_https, check_origin]
     middlewares += [create_session_middleware(), authorize, db_handler]
     app = web.Application(middlewares=middlewares, client_max_size=BODY_MAX)
@@ -160,8 +169,8 @@ def create_app() -> web.Application:
     app[HASH_SLOTS] = asyncio.Semaphore(HASH_QUEUE_MAX)
     app[HASH_LOCK] = asyncio.Lock()
     # A signal of aiohttp (not of the operating system) is a list of coroutine
-    # functions that it calls at a certain moment: these just before it sends
-    # the headers of a response.
+    # functions that it calls at a certain moment. This one is called just before
+    # the headers of a response are sent.
     app.on_response_prepare.append(set_headers)
     # A clean-up context runs up to its `yield` before the first request, and
     # the rest of it after the last.
@@ -183,6 +192,7 @@ def routes() -> list[web.AbstractRouteDef]:
         web.get("/", chat_page, name="chat"),  # `get` answers HEAD as well
         web.get("/messages", older_messages, name="messages"),
         web.get("/ws", websocket, name="websocket"),
+        # Two routes may share a path and a name if their methods differ.
         web.get("/login", show_form, name="login"),
         web.post("/login", log_in, name="login"),
         web.get("/signup", show_form, name="signup"),
@@ -200,8 +210,6 @@ PUBLIC_ROUTES = {"login", "signup", "static"}
 # ---------------------------------------------------------------------------
 # 4. Request and response
 # ---------------------------------------------------------------------------
-# First the pages, then the WebSocket: websocket(), handle_text(), Connection.
-#
 # A handler is a coroutine function that takes a request and returns a response.
 # The middlewares of section 5 have put the session and the database into the
 # request.
@@ -223,7 +231,7 @@ async def older_messages(request: web.Request) -> web.Response:
     return web.json_response({"messages": messages}, dumps=to_json)
 
 
-async def messages_before(request: web.Request, before: str) -> list[Event]:
+async def messages_before(request: web.Request, before: str) -> list[ChatEvent]:
     """The page of messages just before number `before`, which is text from a URL."""
     # A number in a URL may be too large for MongoDB. No message is newer than
     # latest_id, so nothing is lost.
@@ -232,14 +240,14 @@ async def messages_before(request: web.Request, before: str) -> list[Event]:
 
 
 def parse_number(text: str) -> int:
-    """The number in a query parameter. Without one, answer 400: int() would accept " 1_0"."""
+    """The number in a query parameter, or 400. Stricter than int(), which accepts " 1_0"."""
     if not re.fullmatch("-?[0-9]{1,100}", text):
         raise web.HTTPBadRequest(text="The URL needs a valid message number.")
     return int(text)
 
 
-# Then the WebSocket. Each connection has a running handler of its own, for as
-# long as it is open.
+# The WebSocket. Each connection has a running handler of its own, for as long as
+# it is open.
 
 
 async def websocket(request: web.Request) -> web.WebSocketResponse:
@@ -248,6 +256,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     ``/ws?after=`` starts with the oldest message, ``/ws`` with the next one that is stored.
     """
     room = request.app[ROOM]
+    # Check the URL first: an error (400) can be sent only before the handshake.
     after = request.query.get("after", str(room.latest_id))
     after_id = 0 if after == "" else max(parse_number(after), 0)
     ws = web.WebSocketResponse(
@@ -256,7 +265,8 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
         max_msg_size=BODY_MAX + 1,
         # Compressing every frame for every client would halve the speed.
         compress=False,
-        # We answer pings ourselves: below, no client can stop the others.
+        # aiohttp would answer pings by itself. A client that sends nothing else would
+        # then never pass flush() and sleep(0) below, which protect the others.
         autoping=False,
     )
     # This completes the handshake (101). From here on, there are only frames.
@@ -264,28 +274,34 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     connection = Connection(request, ws)
     room.enter(connection)
     try:
+        # This is the handler's stop switch: end() moves the deadline to now. Then the
+        # `await` that is under way in this block is cancelled, and the block raises
+        # TimeoutError.
         async with connection.deadline:
             await room.send_missed(connection, after_id)
+            # Each turn waits for the next frame. The loop ends when the client
+            # closes the connection, or when the connection is lost.
             async for frame in ws:
-                connection.idle = False
                 if frame.type is WSMsgType.TEXT:
                     await handle_text(request, connection, frame.data)
                 elif frame.type is WSMsgType.PING:
                     connection.send_frame(to_frame(WSMsgType.PONG, frame.data))
                 elif frame.type is WSMsgType.BINARY:
                     connection.end(WSCloseCode.UNSUPPORTED_DATA)
-                # Read on when the client has taken our answer: otherwise, answers to
-                # a client that sends and never reads would pile up.
+                # PONG, the answer to our own pings, is left: aiohttp has noted it.
+                # Read the next frame only when the client has read our answer: otherwise,
+                # answers to a client that sends and never reads would pile up.
                 await connection.flush()
-                # Let other tasks run. An `await` that need not wait does not do
-                # that, so a client that sends without pause would stop everybody.
+                # Let the other coroutines run. An `await` whose result is ready goes on
+                # at once, so a client that sends without pause would stop everybody.
                 await asyncio.sleep(0)
-                connection.idle = True
     except (PyMongoError, TimeoutError, ConnectionError):
         # Either end() was called, or catching up failed. In the latter case, the
         # close code asks the client to reconnect.
         pass
     finally:
+        # Whatever happened: a connection that stayed in the room would be a user
+        # who never leaves.
         room.leave(connection)
         await connection.close()
     return ws
@@ -302,11 +318,13 @@ async def handle_text(request: web.Request, connection: "Connection", data: str)
         message = json.loads(data)
     except (ValueError, RecursionError):  # "[[[[[[..." nests too deep
         message = None
+    # Never trust what comes from outside: all of this may be anything that JSON
+    # can express, for example a list where we expect a string.
     fields = message if isinstance(message, dict) else {}
-    # These may be anything that JSON can express.
     key: Any = fields.get("key")
     text: Any = fields.get("text")
-    # JavaScript counts differently: "😀" has length 1 in Python, and 2 there.
+    # Python counts code points. In JavaScript, "😀".length is 2, so chat.js must
+    # not use that.
     text_is_valid = is_valid_text(text) and 1 <= len(text.strip()) <= TEXT_MAX
     key_is_valid = key is None or (is_valid_text(key) and 1 <= len(key) <= KEY_MAX)
     if text_is_valid and key_is_valid:
@@ -361,23 +379,19 @@ class Connection:
         self.session: Session = request["session"]
         self.user: str = self.session["user"]
         self.ws = ws
-        self.stream = request.writer
         assert request.transport is not None  # for the type checker: prepare() has used it
-        # The transport is asyncio's end of the connection. It keeps what was
-        # sent until the client takes it. With high=0, drain() waits until the
-        # transport has handed over everything.
+        # What we send waits in the transport, which is asyncio's end of the connection,
+        # and then in the operating system's buffer. A ping waits behind both. A big
+        # buffer would delay it until a slow client is taken for a dead one.
         self.transport = request.transport
-        self.transport.set_write_buffer_limits(high=0)
-        # A small buffer in the operating system, too. A ping waits behind what
-        # is in there, and a slow client must answer it in time.
         raw_socket = self.transport.get_extra_info("socket")
         raw_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
-        self.live = False  # it has all earlier messages, and gets each new one
-        self.idle = True  # its handler has nothing to do; shut_down() looks at this
+        self.live = False  # True once it has all earlier messages: it gets each new one
         self.deadline = asyncio.timeout(None)  # when its handler stops: never, until end()
+        # The client reads it as the reason. This one means "please reconnect".
         self.close_code = WSCloseCode.TRY_AGAIN_LATER
 
-    def send(self, events: list[Event]) -> None:
+    def send(self, events: list[ChatEvent]) -> None:
         """Send events to this client alone."""
         self.send_frame(to_frame(WSMsgType.TEXT, to_json(events).encode()))
 
@@ -394,15 +408,16 @@ class Connection:
             self.transport.write(frame)
 
     async def flush(self) -> None:
-        """Wait until the client has taken what was sent. Cut the connection if it does not."""
-        if self.transport.get_write_buffer_size() == 0:
-            return
+        """Wait until the operating system has taken everything, as it does when a client reads.
+
+        Cut the connection if that takes too long.
+        """
         try:
             async with asyncio.timeout(SEND_TIMEOUT):
-                # shield(): everybody who waits in drain() shares one future of
-                # aiohttp's. To cancel it for one would cancel it for all.
-                await asyncio.shield(self.stream.drain())
-        except (TimeoutError, ConnectionError):
+                # aiohttp's own drain() returns earlier, while some of it is still waiting.
+                while self.transport.get_write_buffer_size() > 0:
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
             self.transport.abort()
 
     def end(self, code: WSCloseCode) -> None:
@@ -415,11 +430,11 @@ class Connection:
             self.deadline.reschedule(0)  # a time in the past: now
 
     async def close(self) -> None:
-        """Close the connection, when the client has taken what was sent.
+        """Send the close frame, after all that was sent before, and wait for the client's.
 
-        Only the handler does this, because nobody else may be reading: ws.close() goes on
-        reading until the client answers. Otherwise, what the client sends meanwhile would make
-        the operating system throw away what we have sent.
+        Only the handler may do this, because ws.close() reads until the client has answered,
+        and only one task may read. If we left something unread, the operating system would
+        throw away what we have sent (a TCP reset).
         """
         await self.ws.close(code=self.close_code, drain=False)
         await self.flush()
@@ -428,8 +443,9 @@ class Connection:
 # ---------------------------------------------------------------------------
 # 5. Middlewares
 # ---------------------------------------------------------------------------
-# A middleware wraps every handler. It may answer the request itself, or pass
-# it on, and it sees the response on its way back.
+# Here is the code that every page needs, so no handler can forget it. A
+# middleware may answer the request itself, or pass it on, and it sees the
+# response on its way back.
 
 
 @web.middleware
@@ -440,10 +456,8 @@ async def error_pages(request: web.Request, handler: Handler) -> web.StreamRespo
         return await handler(request)
     except web.HTTPException as raised:
         error = raised
-    except ConnectionError:
-        return web.Response(status=400)  # the client has gone, so nobody reads this
-    except (web.RequestPayloadError, HttpProcessingError):
-        request.content.feed_eof()  # aiohttp must not try to read the rest
+    except (ConnectionError, web.RequestPayloadError, HttpProcessingError):
+        request.content.feed_eof()  # the rest is unreadable: aiohttp must not wait for it
         error = web.HTTPBadRequest(text="The request body could not be read.")
     except (PyMongoError, TimeoutError) as failure:
         log.warning("%s: 503 after %s", request.match_info.route.name, describe(failure))
@@ -471,7 +485,7 @@ async def redirect_to_https(request: web.Request, handler: Handler) -> web.Strea
 
 
 def last_forwarded(request: web.Request, name: str) -> str:
-    """The last value of a header, from our reverse proxy. The client may invent those before."""
+    """The last value of a header, which our reverse proxy added. Earlier ones may be invented."""
     return request.headers.getall(name, [""])[-1].rpartition(",")[2].strip()
 
 
@@ -485,6 +499,7 @@ async def check_origin(request: web.Request, handler: Handler) -> web.StreamResp
     """
     own_origin = f"{'https' if HTTPS else 'http'}://{request.host}"
     is_websocket = request.match_info.route.name == "websocket"
+    # By convention, GET and HEAD only read. So they need no check.
     changes_something = is_websocket or request.method not in {"GET", "HEAD"}
     if changes_something and request.headers.get("Origin", own_origin) != own_origin:
         raise web.HTTPForbidden(text="Refused: this request came from another site.")
@@ -495,16 +510,14 @@ async def check_origin(request: web.Request, handler: Handler) -> web.StreamResp
 async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Find the user's session. Without one, only the public routes are open."""
     name = request.match_info.route.name
-    if name == "static" or request.match_info.http_exception is not None:
-        return await handler(request)  # files and errors (404, 405) are the same for everybody
-    request["session"] = None
-    try:
-        request["session"] = await current_session(request)
-    except (PyMongoError, TimeoutError):
-        if name not in PUBLIC_ROUTES:  # the empty forms work without the database
-            raise
-    if request["session"] is None and name not in PUBLIC_ROUTES:
-        if name == "websocket":  # a script cannot see a redirect
+    # The set names what is public, not what is private: a route that somebody
+    # adds and forgets here is closed, not open (deny by default). Errors (404,
+    # 405) are the same for everybody.
+    if name in PUBLIC_ROUTES or request.match_info.http_exception is not None:
+        return await handler(request)
+    request["session"] = await current_session(request)
+    if request["session"] is None:
+        if name == "websocket":  # a WebSocket handshake does not follow redirects
             raise web.HTTPUnauthorized(text="Please log in.")
         raise redirect_to(request, "login")
     return await handler(request)
@@ -525,6 +538,7 @@ async def current_session(request: web.Request) -> Session | None:
         return None
     # Anyone with a copy of the cookie has the session, and deleting the cookie
     # in one browser leaves the copies valid. So a log-out is stored (revocation).
+    # db_handler comes later: so here are a database and a time limit of our own.
     revoked_sessions = request.app[ROOM].db.revoked_sessions
     async with asyncio.timeout(DATABASE_TIMEOUT):
         revoked = await revoked_sessions.find_one({"_id": session["id"]})
@@ -533,11 +547,13 @@ async def current_session(request: web.Request) -> Session | None:
 
 @web.middleware
 async def db_handler(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Put the database into the request, and stop a handler that waits for it too long."""
+    """Put the database into the request, and stop a handler that takes too long."""
     request["db"] = request.app[ROOM].db
+    # Motor limits each operation, see timeoutMS in connect(). But a handler may
+    # need several, and may first have to wait for one of Motor's threads.
     if request.match_info.route.name == "websocket":
         return await handler(request)  # this one runs as long as the client stays
-    async with asyncio.timeout(DATABASE_TIMEOUT):
+    async with asyncio.timeout(REQUEST_TIMEOUT):
         return await handler(request)
 
 
@@ -561,16 +577,14 @@ async def set_headers(request: web.Request, response: web.StreamResponse) -> Non
     """Add headers to every response. A middleware would see a WebSocket's 101 too late."""
     response.headers.update(SECURITY_HEADERS)
     response.headers["Cache-Control"] = cache_control(request, response.status)
-    if HTTPS:  # use HTTPS only, for a year (HSTS)
+    # HSTS: for a year, the browser uses only HTTPS for this site.
+    if HTTPS:
         response.headers["Strict-Transport-Security"] = "max-age=31536000"
 
 
 # ---------------------------------------------------------------------------
 # 6. Databases
 # ---------------------------------------------------------------------------
-# First the connection, then the queries, then the three classes of the figure:
-# Room, Writer, Reconciler.
-#
 # MongoDB stores documents, which are like dictionaries, in collections:
 #   users             _id: the normalized login; login: as signed up; password: its hash
 #   messages          _id: 1, 2, 3, ...; user, key, text, time; process_id
@@ -588,7 +602,7 @@ async def database(app: web.Application) -> AsyncIterator[None]:
     uri = MONGODB_URI or start_local_database()
     hint = "cannot use MONGODB_URI: check it, and that the database is running"
     with explain(hint, PyMongoError, OSError, ValueError):
-        db, is_replica_set = await connect(uri)
+        db, has_change_streams = await connect(uri)
         room = app[ROOM] = Room(db)
         # Fill the room's cache with the newest page. Nobody is connected yet.
         with pymongo.timeout(START_TIMEOUT):
@@ -600,11 +614,12 @@ async def database(app: web.Application) -> AsyncIterator[None]:
     # These run all the time, together with the handlers. Each is a task: a
     # coroutine that the event loop runs although nobody awaits it.
     steps = [reconciler.sync_messages, reconciler.sync_presence, reconciler.sync_sessions]
-    if is_replica_set:
+    if has_change_streams:
         steps.append(reconciler.watch_changes)
     else:
         print("Warning: this MongoDB server has no change streams, so run only one process.")
     tasks = [asyncio.create_task(keep_running(room, step)) for step in steps]
+    # Here aiohttp starts to accept connections. It comes back when the program ends.
     yield
     # All handlers have returned. A task that is cancelled may need a moment.
     for task in tasks:
@@ -613,7 +628,7 @@ async def database(app: web.Application) -> AsyncIterator[None]:
     # Without a time limit, the driver waits 30 s for a database that is lost.
     with suppress(PyMongoError), pymongo.timeout(CLOSE_TIMEOUT):
         await db.presence.delete_one({"_id": room.process_id})
-    # Queries that are still under way fail now, and nobody waits for them any more.
+    # close() makes pending queries fail. Nobody waits for them, so do not log it.
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
     with pymongo.timeout(CLOSE_TIMEOUT):
         db.client.close()
@@ -649,19 +664,24 @@ def data_folder() -> Path:
 async def connect(uri: str) -> tuple[Database, bool]:
     """Open the database of a connection string; also say whether it is a replica set's."""
     # These arguments take priority over the options in the connection string.
+    # The client connects when it is first used, and again when a connection is
+    # lost. It keeps several connections, so that queries can run side by side.
     client: AsyncIOMotorClient[dict[str, Any]] = AsyncIOMotorClient(
         uri,
         # A write is acknowledged when a majority of the servers of the replica
         # set have it in the journals on their disks (write concern).
         w="majority",
         journal=True,
-        # Read from the server that has the newest data (read preference).
+        # Read from the server that has the newest data (read preference). The next two
+        # undo what a connection string may say about other servers.
         readPreference="primary",
         readPreferenceTags="",
         maxStalenessSeconds=-1,
         # Send a write again if its answer is lost. It is carried out once.
         retryWrites=True,
+        # Give up an operation after this time, with all its retries.
         timeoutMS=DATABASE_TIMEOUT * 1000,
+        connectTimeoutMS=DATABASE_TIMEOUT * 1000,
         tz_aware=True,  # times with a time zone, which is UTC
     )
     if "." in urlsplit(uri).path:  # PyMongo would take what follows for a collection
@@ -669,29 +689,35 @@ async def connect(uri: str) -> tuple[Database, bool]:
     name = client.get_default_database("chat").name
     if name == "admin":  # many providers' strings name it, but it has no change streams
         name = "chat"
-    # Ask what kind of server it is. A replica set may have no primary just now,
-    # so try again for a while. Each try takes DATABASE_TIMEOUT at most.
+    # Ask what kind of server it is. A replica set may have no primary just now, so
+    # try again for a while. Many short tries, because the end of the program, if it
+    # is stopped now, must wait for the current one.
     hello = None
     async with asyncio.timeout(START_TIMEOUT):
         while hello is None:
             with suppress(ConnectionFailure):
                 hello = await client[name].command("hello")
+            # If each server accepts connections and never answers, waiting is useless.
+            servers = client.delegate.topology_description.server_descriptions().values()
+            if all(isinstance(server.error, pymongo.errors.NetworkTimeout) for server in servers):
+                raise TimeoutError
     # A replica set tells its name. In front of a cluster of several replica sets
     # there is a server called mongos, which says "msg" instead.
-    is_replica_set = "setName" in hello or "msg" in hello
+    has_change_streams = "setName" in hello or "msg" in hello
     # Read only what a majority has stored (read concern). A single server cannot.
-    level = "majority" if is_replica_set else "local"
+    level = "majority" if has_change_streams else "local"
     db = client.get_database(name, read_concern=ReadConcern(level))
-    # The same user cannot store two messages under the same key.
+    # A browser that got no answer sends the message again, with the same key. This
+    # index ensures that it is stored only once.
     await db.messages.create_index(["user", "key"], unique=True)
     await db.failed_logins.create_index("attempt")
     # MongoDB deletes these documents when they have expired (TTL).
     for collection in (db.presence, db.revoked_sessions, db.failed_logins):
         await collection.create_index("expires_at", expireAfterSeconds=0)
-    return db, is_replica_set
+    return db, has_change_streams
 
 
-async def read_messages(db: Database, first: int, last: int) -> list[Event]:
+async def read_messages(db: Database, first: int, last: int) -> list[ChatEvent]:
     """The events of the stored messages with the numbers `first` to `last`, in order.
 
     This one query serves the history, clients that catch up, and news of other processes. On
@@ -704,7 +730,7 @@ async def read_messages(db: Database, first: int, last: int) -> list[Event]:
     return [to_event(document) for document in documents]
 
 
-def to_event(document: dict[str, Any]) -> Event:
+def to_event(document: dict[str, Any]) -> ChatEvent:
     """A stored message as clients see it. The time is ISO 8601, in UTC."""
     return {
         "type": "message",
@@ -721,7 +747,7 @@ class Room:
 
     All processes on one database are one chat. Each has a room of its own, which remembers
     what its clients have been shown: the newest messages, and who is online. The handlers, the
-    Writer and the Reconciler call its methods; nobody else changes what it owns.
+    Writer and the Reconciler use it.
     """
 
     def __init__(self, db: Database) -> None:
@@ -729,9 +755,9 @@ class Room:
         self.process_id = token_hex(8)
         self.connections: set[Connection] = set()
         self.latest_id = 0  # the number of the newest message that was published
-        self.recent: deque[Event] = deque(maxlen=PAGE_SIZE)  # the newest ones, up to latest_id
+        self.recent: deque[ChatEvent] = deque(maxlen=PAGE_SIZE)  # the newest ones, up to latest_id
         self.online: set[str] = set()  # the users whom the clients have been told of
-        self.has_peers = False  # users are connected to other processes, too
+        self.has_peers = False  # whether users are connected to other processes, too
         # Set when a collection has changed, or may have: the Reconciler reads it again.
         self.changed = {name: asyncio.Event() for name in SHARED_STATE}
 
@@ -742,6 +768,7 @@ class Room:
 
     def enter(self, connection: Connection) -> None:
         """Add a connection, tell it who is online, and tell the others if a user has joined."""
+        # First tell the others, then add it: so it gets no "joined" of its own.
         self.show_online(self.online | {connection.user})
         self.connections.add(connection)
         connection.send([{"type": "online", "users": sorted(self.online)}])
@@ -764,7 +791,7 @@ class Room:
         # this client after each page. That delays nobody else.
         while self.recent and after_id + 1 < self.recent[0]["id"]:
             page = await read_messages(self.db, after_id + 1, after_id + PAGE_SIZE)
-            # After a failover, the new primary may not have these messages yet.
+            # After a failover, the new primary may not yet show the newest messages.
             if not page or connection.transport.is_closing():
                 raise ConnectionError("The client cannot catch up now.")
             connection.send(page)
@@ -778,11 +805,13 @@ class Room:
             connection.send(missed)
         connection.live = True
 
-    def publish(self, events: list[Event]) -> None:
+    def publish(self, events: list[ChatEvent]) -> None:
         """Show stored messages to the clients, unless they were shown before.
 
-        `events` must be in order, and there must be no gap between `latest_id` and the first.
+        `events` must be in order, and there must be no gap between `latest_id` and the first
+        (except at the start, when nobody is connected).
         """
+        # The Writer and the Reconciler may both bring the same message.
         news = [event for event in events if event["id"] > self.latest_id]
         if news:
             self.latest_id = news[-1]["id"]
@@ -791,7 +820,7 @@ class Room:
             live = [connection for connection in self.connections if connection.live]
             self.broadcast(news, live)
 
-    def broadcast(self, events: list[Event], connections: Iterable[Connection]) -> None:
+    def broadcast(self, events: list[ChatEvent], connections: Iterable[Connection]) -> None:
         """Send events to many clients: encoded once, and in one frame.
 
         It has no `await`, so nothing else runs meanwhile: all clients get the same frames in
@@ -806,11 +835,11 @@ class Room:
         while True:
             first = self.latest_id + 1
             page = await read_messages(self.db, first, first + PAGE_SIZE - 1)
-            # Only up to the first gap: what was stored while the query ran may be
-            # incomplete.
+            # Stop at the first gap: the query may have missed a message that was stored
+            # while it ran.
             self.publish([each for number, each in enumerate(page, first) if each["id"] == number])
             if len(page) < PAGE_SIZE:
-                return  # this was the last one
+                return
 
     def show_online(self, users: set[str]) -> None:
         """Tell all clients who has joined and who has left: from now on, `users` are online."""
@@ -827,7 +856,7 @@ class Message:
 
     document: dict[str, Any]
     # An error, as long as the message is not known to be stored.
-    reply: Event | None = field(default_factory=lambda: {"type": "error", "text": NOT_STORED})
+    reply: ChatEvent | None = field(default_factory=lambda: {"type": "error", "text": NOT_STORED})
 
 
 class Writer:
@@ -844,12 +873,12 @@ class Writer:
         self.lock = asyncio.Lock()  # one batch at a time
         self.pause_until = 0.0  # a time.monotonic(), see write_batch()
         self.closing = False  # shut_down() sets it: refuse new messages
-        # The last batch failed. Refuse all messages at once, until sync_messages()
-        # has read from the database again. Otherwise each message would wait for
-        # the same error, one after the other (fail fast, a circuit breaker).
+        # True after a batch has failed. Then refuse every message immediately, until
+        # sync_messages() has read from the database again. Otherwise each message would
+        # wait for the same error, one after the other (fail fast, a circuit breaker).
         self.failing = False
 
-    async def post(self, user: str, text: str, key: str | None) -> Event | None:
+    async def post(self, user: str, text: str, key: str | None) -> ChatEvent | None:
         """Wait until a message is stored and shown. Return None, or what to tell its sender.
 
         That is an error event, or the stored event if this key was stored before.
@@ -869,11 +898,12 @@ class Writer:
         """Take all messages that wait, and store them together (group commit).
 
         While one batch is being stored, the next messages gather. So the batches grow when many
-        people write, a single message is stored right away, and nobody waits for a timer.
+        people write, and a single message is stored right away.
         """
         async with self.lock:
             # We know the next free number before the other processes do, so we would
-            # always be the first to use it. Give them the same time (fairness).
+            # always be the first to use it. So pause for as long as our last batch
+            # took (fairness).
             if self.room.has_peers:
                 await asyncio.sleep(self.pause_until - time.monotonic())
             batch = self.waiting
@@ -886,7 +916,7 @@ class Writer:
                 async with asyncio.timeout(DATABASE_TIMEOUT):
                     await self.store(batch)
             except (PyMongoError, TimeoutError) as error:
-                log.warning("%d messages are not stored: %s", len(batch), describe(error))
+                log.warning("%d messages may not be stored: %s", len(batch), describe(error))
                 self.failing = True
                 self.room.wake("messages")
                 return
@@ -917,11 +947,11 @@ class Writer:
                 await self.room.catch_up()
                 if "key" in duplicate["keyPattern"]:
                     await self.answer_repeated(batch)
-                elif self.room.latest_id == newest:  # a majority does not have it yet
+                elif self.room.latest_id == newest:  # taken, but not yet acknowledged
                     await asyncio.sleep(0.02)
 
     async def insert(self, documents: list[dict[str, Any]]) -> Any:
-        """Insert documents in order. Return the error of the first duplicate, or None."""
+        """Insert in order, and stop at the first duplicate. Return its error, or None."""
         try:
             await self.room.db.messages.insert_many(documents)
         except BulkWriteError as error:
@@ -939,12 +969,12 @@ class Writer:
         queries = [find_one({"user": each["user"], "key": each["key"]}) for each in sent]
         found = await asyncio.gather(*queries, return_exceptions=True)
         for message, document in zip(batch.copy(), found, strict=True):
-            # Nobody may see a message before an earlier one: so not what is newer.
+            # Not what is newer: its sender would see it before earlier messages.
             if isinstance(document, dict) and document["_id"] <= self.room.latest_id:
                 message.reply = to_event(document)
                 batch.remove(message)
         if isinstance(found[0], BaseException):
-            del batch[0]  # it was refused, but why? Its sender is told to try again
+            del batch[0]  # this is the one that was refused: its sender gets NOT_STORED
 
 
 class Reconciler:
@@ -989,6 +1019,7 @@ class Reconciler:
         """Publish what other processes have stored."""
         await self.wait_for_change("messages")
         await self.room.catch_up()
+        # The database has answered, so the Writer may try again.
         self.writer.failing = False
 
     async def sync_presence(self) -> None:
@@ -1015,6 +1046,7 @@ class Reconciler:
     async def sync_sessions(self) -> None:
         """Close (code 1008) the WebSockets of sessions that were logged out, or have expired."""
         await self.wait_for_change("revoked_sessions")
+        # Only the sessions that are connected here: others are authorize()'s task.
         ids = [connection.session["id"] for connection in self.room.connections]
         found = self.room.db.revoked_sessions.find({"_id": {"$in": ids}})
         revoked = {session["_id"] async for session in found}
@@ -1031,6 +1063,8 @@ async def keep_running(room: Room, step: Callable[[], Awaitable[None]]) -> None:
     while True:
         try:
             await step()
+        # Cancelling, at the end, raises CancelledError. That is no Exception, so it
+        # passes through here and ends the loop.
         except Exception as error:
             is_bug = not isinstance(error, (PyMongoError, TimeoutError))
             log.warning("%s will be retried: %s", step.__name__, describe(error), exc_info=is_bug)
@@ -1068,7 +1102,8 @@ def set_up_templates(app: web.Application) -> None:
 def create_session_middleware() -> Middleware:
     """aiohttp-session's middleware. The cookie is the session, encrypted and signed."""
     # A browser accepts a __Host- cookie only over HTTPS, from this very host. It
-    # does not send a Lax one with a form that a page of another site posts.
+    # does not send a SameSite=Lax cookie with a form that a page of another site
+    # posts: a second defence, beside check_origin().
     name = "__Host-chat" if HTTPS else "chat"
     seconds = int(SESSION_LIFETIME.total_seconds())
     storage = EncryptedCookieStorage(
@@ -1095,8 +1130,9 @@ def secret_key() -> bytes:
 
 async def show_form(request: web.Request) -> web.StreamResponse:
     """``GET /login`` and ``/signup``: the empty form, or a redirect for a user."""
-    if request["session"] is not None:
-        raise redirect_to(request, "chat")
+    with suppress(PyMongoError, TimeoutError):  # the empty form works without the database
+        if await current_session(request) is not None:
+            raise redirect_to(request, "chat")
     return render_form(request, 200)
 
 
@@ -1127,7 +1163,7 @@ async def log_in(request: web.Request) -> web.StreamResponse:
     user_id = normalize_login(login)
     address = last_forwarded(request, "X-Forwarded-For") if HTTPS else request.remote
     attempt = f"{user_id} {address}"
-    # In one's turn: otherwise, a hundred guesses that are sent at once would all
+    # One at a time: otherwise, a hundred guesses that are sent together would all
     # find the same number of failed logins.
     async with hash_turn(request.app):
         seconds = await retry_after(db, attempt)
@@ -1158,6 +1194,8 @@ async def sign_up(request: web.Request) -> web.StreamResponse:
         return render_form(request, 400, login=login, error="login")
     if not 8 <= len(password) <= 200:
         return render_form(request, 400, login=login, error="password")
+    # Only the hash is stored. A thief of the database must still guess each
+    # password, and each guess takes as long as this call.
     async with hash_turn(request.app):
         password_hash = await asyncio.to_thread(hash_password, password)
     user = {"_id": normalize_login(login), "login": login, "password": password_hash}
@@ -1180,6 +1218,7 @@ async def start_session(request: web.Request, login: str) -> NoReturn:
     # Always a new session. If an attacker had planted one in the browser, that
     # one would now be logged in (session fixation).
     session = await new_session(request)
+    # The middleware encrypts this and puts it into the cookie of the response.
     session.update({"id": token_hex(16), "user": login})
     raise redirect_to(request, "chat")
 
@@ -1189,6 +1228,7 @@ async def log_out(request: web.Request) -> NoReturn:
     await request.read()  # the body has nothing of interest, but may be too large (413)
     room = request.app[ROOM]
     session = request["session"]
+    # Needed only until the cookie expires.
     expires_at = datetime.now(UTC) + SESSION_LIFETIME
     revoked = {"_id": session["id"], "process_id": room.process_id, "expires_at": expires_at}
     with suppress(DuplicateKeyError):  # another tab has logged out, too
@@ -1201,7 +1241,8 @@ async def log_out(request: web.Request) -> NoReturn:
 def normalize_login(login: str) -> str:
     """The form in which logins are compared: so "STRASSE" and "Straße" are the same login.
 
-    NFKC replaces compatibility forms: https://www.unicode.org/reports/tr15/
+    NFKC gives letters that look alike one form: https://www.unicode.org/reports/tr15/
+    casefold() can undo that for some letters, hence twice.
     """
     return normalize("NFKC", normalize("NFKC", login).casefold())
 
@@ -1238,6 +1279,7 @@ async def retry_after(db: Database, attempt: str) -> int:
 
     The failed logins are stored, so that all processes count together (rate limiting).
     """
+    # MongoDB deletes expired documents only once a minute, so check the time.
     now = datetime.now(UTC)
     recent = db.failed_logins.find({"attempt": attempt, "expires_at": {"$gt": now}})
     failures = await recent.sort("expires_at").to_list()
@@ -1283,6 +1325,7 @@ def main() -> None:
     # Print each line at once, also where the output is a log and no terminal.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
+        # Open the socket before anything else starts: a wrong port is found at once.
         listening = create_socket()
         app = create_app()
         # Heroku's router keeps idle connections for 90 s, so we keep them longer.
@@ -1293,7 +1336,7 @@ def main() -> None:
 
 
 def is_not_bad_http(record: logging.LogRecord) -> bool:
-    """Whether to log a record. Broken HTTP that a client sends is no news, but long tracebacks."""
+    """A filter for the log: leave out the long tracebacks for broken HTTP from clients."""
     return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
 
 
@@ -1309,20 +1352,14 @@ async def shut_down(app: web.Application) -> None:
     """Graceful shutdown: store or answer what clients have sent, then close (code 1001)."""
     # First, refuse new messages. Otherwise, a client that sends without pause
     # could delay the end as long as it likes.
-    app[WRITER].closing = True
-    # A batch whose task has not started yet needs one turn to line up for the
-    # lock. When it is our turn, all batches are done.
-    await asyncio.sleep(0)
-    async with app[WRITER].lock:
-        pass
+    writer = app[WRITER]
+    writer.closing = True
+    while writer.waiting or writer.lock.locked():
+        await asyncio.sleep(0.01)
     # Clients may have sent more while their last message was being stored. Let
     # their handlers answer that, too.
-    connections = app[ROOM].connections
-    with suppress(TimeoutError):
-        async with asyncio.timeout(CLOSE_TIMEOUT):
-            while not all(connection.idle for connection in connections):
-                await asyncio.sleep(0.01)
-    for connection in list(connections):
+    await asyncio.sleep(CLOSE_TIMEOUT)
+    for connection in list(app[ROOM].connections):
         connection.end(WSCloseCode.GOING_AWAY)
     # aiohttp waits for the handlers, see shutdown_timeout in main().
 
