@@ -110,7 +110,7 @@ def block(language: str, source: str) -> str:
     if language == "python":
         html = "\n".join(highlight(lines, language))
     elif language == "diff":
-        html = "\n".join(diff(lines))
+        html = "".join(diff(lines))
     elif language == "console" and lines[0].startswith("$ "):
         html = "\n".join(console(lines))
     elif language in ("console", "sh"):
@@ -134,11 +134,11 @@ def diff(lines: list[str]) -> Iterator[str]:
     language = "python"
     if lines[0].startswith("--- "):
         language = LANGUAGES[Path(lines[0]).suffix]
-        yield f"<samp>{escape(lines.pop(0))}</samp>"
+        yield f"<samp>{escape(lines.pop(0))}\n</samp>"
     code = highlight([line[1:] for line in lines], language)
     for line, html in zip(lines, code, strict=True):
         tag = {"+": "ins", "-": "del"}.get(line[:1], "span")
-        yield f"<{tag}>{html}</{tag}>"
+        yield f"<{tag}>{html}\n</{tag}>"
 
 
 def console(lines: list[str]) -> Iterator[str]:

@@ -109,10 +109,10 @@ const place = () => ({ marked: marked?.id, text: scroller().scrollTop, code: pan
 function restore(state) {
   const target = targetOf(location);
   following = false;
+  openSheet(pane.contains(target));
   mark(document.getElementById(state.marked));
   scroller().scrollTop = state.text;
   pane.scrollTop = state.code;
-  openSheet(pane.contains(target));
   focus(pane.contains(target) ? target : (opener ?? main));
 }
 
@@ -153,7 +153,7 @@ function onScroll() {
     const link = linksToLines.findLast((each) => isAbove(each, line));
     if (link) {
       mark(targetOf(link));
-      reveal(targetOf(link));
+      if (wide.matches) reveal(targetOf(link));
     }
     const end = chapter.getBoundingClientRect().bottom;
     if (end > innerHeight / 2 && end < innerHeight + 50) tick(chapter);
@@ -228,10 +228,10 @@ for (const block of all(".block")) {
 
 // The keyboard can scroll what is too wide, but only if it can have the focus.
 function letScroll() {
-  for (const each of all(".block pre")) {
-    if (each.scrollWidth > each.clientWidth) each.tabIndex = 0;
-    else each.removeAttribute("tabindex");
-  }
+  const blocks = all(".block pre");
+  const tooWide = blocks.filter((each) => each.scrollWidth > each.clientWidth);
+  for (const each of blocks) each.removeAttribute("tabindex");
+  for (const each of tooWide) each.tabIndex = 0;
 }
 addEventListener("resize", letScroll);
 
