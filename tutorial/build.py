@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from html import escape
+from itertools import count
 from pathlib import Path
 from string import Template
 from urllib.parse import quote
@@ -21,7 +22,8 @@ from pygments.lexers import get_lexer_by_name
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CHAT = ROOT / "chat.py"
-CHAPTERS = [HERE / "README.md", *sorted(HERE.glob("[0-9]*.md"))]
+README = HERE / "README.md"
+CHAPTERS = [README, *sorted(path for path in HERE.glob("*.md") if path != README)]
 # A link to one of these shows the file beside the text. Any other link stays as it is.
 SOURCES = [CHAT, *ROOT.glob("static/chat.*"), *ROOT.glob("templates/*"), *HERE.glob("*.py")]
 LANGUAGES = {".py": "python", ".js": "javascript", ".css": "css", ".html": "html+jinja"}
@@ -30,6 +32,8 @@ LANGUAGES = {".py": "python", ".js": "javascript", ".css": "css", ".html": "html
 # the text. The order is that in which the text mentions the files, but chat.py comes first.
 Files = dict[Path, dict[str, list[str]]]
 
+references = count(1)  # the numbers of the links into the code
+
 
 class Chapter:
     """A chapter as HTML. Its links into the code are added to `files`."""
@@ -37,7 +41,6 @@ class Chapter:
     def __init__(self, path: Path, files: Files) -> None:
         self.path = path
         self.files = files
-        self.links = 0  # into the code
         text = path.read_text()
         title = text.partition("\n")[0]
         self.headings = [(anchor(path), title[2:])]  # the id and text of each
@@ -79,8 +82,7 @@ class Chapter:
             token.attrs["href"] = "#" + anchor(path, fragment)
         if path in SOURCES:
             token.attrs["class"] = "to-code"
-            self.links += 1
-            token.attrs["id"] = anchor(self.path, str(self.links))
+            token.attrs["id"] = f"ref-{next(references)}"
             # The way back. The style sheet makes it show the number of the chapter.
             title, number = escape(self.headings[-1][1]), self.headings[0][1].partition(".")[0]
             self.files[path][fragment].append(
@@ -95,28 +97,27 @@ def anchor(path: Path, part: str = "") -> str:
 
 
 def figure(image: Token) -> str:
-    """An SVG becomes a part of the page. In a shadow tree, its styles and ids remain its own."""
+    """An SVG becomes a part of the page. Its text stands in the chapter, not in its title."""
     source, text = image.attrs["src"], escape(image.content)
     if not source.endswith(".svg"):
         return f'<a href="{source}">{text}</a>'
-    svg = "<style>svg { max-width: 100%; height: auto }</style>" + (HERE / source).read_text()
-    tree = f'<template shadowrootmode="open">{svg}</template>'
-    return f'<span class="figure" role="img" aria-label="{text}">{tree}</span>'
+    svg = re.sub("<title.*?</title>", "", (HERE / source).read_text())
+    svg = re.sub('aria-labelledby=".*?"', f'aria-label="{text}"', svg)
+    return f'<span class="figure">{svg}</span>'
 
 
-def block(language: str, source: str) -> str:
-    """A code block of a chapter. Commands become <kbd>, for the button that copies them."""
+def block(info: str, source: str) -> str:
+    """A code block of a chapter. The lines of a command are elements, so they can be indented."""
+    language = info.partition(" ")[0]
     lines = source.splitlines()
-    if language == "python":
-        html = "\n".join(highlight(lines, language))
-    elif language == "diff":
+    if language == "diff":
         html = "".join(diff(lines))
-    elif language == "console" and lines[0].startswith("$ "):
-        html = "\n".join(console(lines))
-    elif language in ("console", "sh"):
-        html = f"<kbd>{escape(source.rstrip())}</kbd>"
+    elif language == "sh":
+        html = "".join(f"<kbd>{escape(line, quote=False)}\n</kbd>" for line in lines)
+    elif language in ("python", "js", "css", "html"):
+        html = "\n".join(highlight(lines, language))
     else:
-        html = escape(source.rstrip())
+        html = escape(source.rstrip(), quote=False)
     return f'<div class="block {language}"><pre>{html}</pre></div>\n'
 
 
@@ -139,16 +140,6 @@ def diff(lines: list[str]) -> Iterator[str]:
     for line, html in zip(lines, code, strict=True):
         tag = {"+": "ins", "-": "del"}.get(line[:1], "span")
         yield f"<{tag}>{html}\n</{tag}>"
-
-
-def console(lines: list[str]) -> Iterator[str]:
-    """Commands, and what they print. The style sheet adds the prompts, so nobody copies them."""
-    command = False
-    for line in lines:
-        first = line.startswith("$ ")
-        command = first or (command and line.startswith(">"))
-        text = escape(line[2:] if command else line)
-        yield f"<kbd class={'first' if first else 'more'}>{text}</kbd>" if command else text
 
 
 def section(path: Path, links: dict[str, list[str]]) -> str:
@@ -182,12 +173,17 @@ def main() -> None:
     chapters = [Chapter(path, files) for path in CHAPTERS]
     parts = [(anchor(CHAT, each.banner), each.headings[0][1]) for each in chapters if each.banner]
     parts += [(anchor(path), anchor(path)) for path in files if path != CHAT]
+    text = "".join(each.html for each in chapters)
+    # The figures have the same styles. Once is enough, and only inside of figures.
+    figure_styles = set(re.findall("<style>(.*?)</style>", text, re.DOTALL))
+    text = re.sub("<style>.*?</style>", "", text, flags=re.DOTALL)
+    style = (HERE / "reader.css").read_text() + f".figure {{ {' '.join(sorted(figure_styles))} }}"
     page = Template((HERE / "reader.html").read_text()).substitute(
         icon=quote((ROOT / "static" / "icon.svg").read_text()),
-        style=(HERE / "reader.css").read_text(),
+        style=style,
         script=(HERE / "reader.js").read_text(),
         chapters="".join(entry(*each.headings[0], each.headings[1:]) for each in chapters),
-        text="".join(each.html for each in chapters),
+        text=text,
         contents="".join(entry(*each) for each in parts),
         code="".join(section(*each) for each in files.items()),
     )

@@ -127,6 +127,7 @@ for (const each of [main, pane, window]) {
 // ---- Scrolling: where is the reader?
 
 const isAbove = (element, y) => element.checkVisibility() && element.getBoundingClientRect().top <= y;
+const isAfter = (a, b) => a && b.compareDocumentPosition(a) & Node.DOCUMENT_POSITION_FOLLOWING;
 const read = new Set(recall("read", []));
 
 function setCurrent(menu, target) {
@@ -150,10 +151,13 @@ function onScroll() {
   $("[popovertarget=chapters] b").textContent = chapter.querySelector("h1").textContent;
   remember("heading", heading.id);
   if (following) {
-    const link = linksToLines.findLast((each) => isAbove(each, line));
-    if (link) {
-      mark(targetOf(link));
-      if (wide.matches) reveal(targetOf(link));
+    let index = linksToLines.findLastIndex((each) => isAbove(each, line));
+    // In a new section, what is explained first matters more than what was explained before.
+    const next = linksToLines[index + 1];
+    if (next && isAbove(next, innerHeight) && !isAfter(linksToLines[index], heading)) index += 1;
+    if (index >= 0) {
+      mark(targetOf(linksToLines[index]));
+      if (wide.matches) reveal(marked);
     }
     const end = chapter.getBoundingClientRect().bottom;
     if (end > innerHeight / 2 && end < innerHeight + 50) tick(chapter);
@@ -211,14 +215,12 @@ $("#open").addEventListener("click", (event) => {
   go(marked ?? sections[0]);
 });
 
-for (const block of all(".block")) {
-  const commands = [...block.querySelectorAll("kbd")].map((each) => each.textContent);
-  if (!commands.length || !navigator.clipboard) continue;
+for (const block of navigator.clipboard ? all(".sh") : []) {
   const button = document.createElement("button");
   const reset = () => (button.textContent = "Copy");
   button.className = "copy";
   button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(commands.join("\n") + "\n");
+    await navigator.clipboard.writeText(block.querySelector("pre").textContent);
     button.textContent = "Copied";
     setTimeout(reset, 2000);
   });
