@@ -127,7 +127,7 @@ for (const each of [main, pane, window]) {
 // ---- Scrolling: where is the reader?
 
 const isAbove = (element, y) => element.checkVisibility() && element.getBoundingClientRect().top <= y;
-const isAfter = (a, b) => a && b.compareDocumentPosition(a) & Node.DOCUMENT_POSITION_FOLLOWING;
+const isBefore = (a, b) => a.compareDocumentPosition(b) & Node.DOCUMENT_POSITION_FOLLOWING;
 const read = new Set(recall("read", []));
 
 function setCurrent(menu, target) {
@@ -151,14 +151,14 @@ function onScroll() {
   $("[popovertarget=chapters] b").textContent = chapter.querySelector("h1").textContent;
   remember("heading", heading.id);
   if (following) {
-    let index = linksToLines.findLastIndex((each) => isAbove(each, line));
-    // In a new section, what is explained first matters more than what was explained before.
+    const index = linksToLines.findLastIndex((each) => isAbove(each, line));
+    let link = linksToLines[index];
+    // Has a new section begun, and its first link is in view? Then the one before is no news.
     const next = linksToLines[index + 1];
-    if (next && isAbove(next, innerHeight) && !isAfter(linksToLines[index], heading)) index += 1;
-    if (index >= 0) {
-      mark(targetOf(linksToLines[index]));
-      if (wide.matches) reveal(marked);
-    }
+    const isOver = !link || (isAbove(link, 0) && isBefore(link, heading));
+    if (isOver && next && isAbove(next, innerHeight)) link = next;
+    if (link) mark(targetOf(link));
+    if (link && wide.matches) reveal(marked);
     const end = chapter.getBoundingClientRect().bottom;
     if (end > innerHeight / 2 && end < innerHeight + 50) tick(chapter);
   }
