@@ -240,7 +240,7 @@ addEventListener("resize", letScroll);
 // ---- The start: where the address says, or where the reader was
 
 letScroll();
-divide(recall("width", 44));
+if (recall("width")) divide(recall("width"));
 for (const chapter of chapters) if (read.has(chapter.id)) tick(chapter);
 if (history.state) {
   restore(history.state);
