@@ -2868,6 +2868,8 @@ def test_reader_is_up_to_date(tmp_path):
     assert len(content) <= 400_000
 
 
+DEAD_LINKS = """[...document.querySelectorAll("a[href^='#']")].map((link) => link.hash.slice(1))
+  .filter((id) => document.querySelectorAll(`[id="${decodeURIComponent(id)}"]`).length !== 1)"""
 # Follows each link into the code. Tells what is marked, whether it is in view (as much of it as
 # there is room for, and nothing covers its first line), and whether the focus has gone along.
 FOLLOW_ALL = """[...document.querySelectorAll("main a.to-code")].map((link) => {
@@ -2892,6 +2894,7 @@ async def test_reader_links(options):
     """Each link brings its very lines into view. And the code can be copied as it is."""
     with web_server() as url:
         async with reader(READER.as_uri() if options is DESKTOP else url, **options) as page:
+            assert await page.evaluate(DEAD_LINKS) == []
             links = await page.evaluate(FOLLOW_ALL)
             assert [link["target"] for link in links if not link["good"]] == []
             for link in links:
