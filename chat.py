@@ -66,7 +66,7 @@ from urllib.parse import urlsplit
 import aiohttp_jinja2
 import jinja2
 import pymongo
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 from aiohttp_session import Session, get_session, new_session, session_middleware
@@ -108,9 +108,10 @@ BODY_MAX = 64 * 1024  # bytes of a form, and of a WebSocket message
 # Bytes that may wait for one client. A page of the longest messages must fit: a
 # control character takes 6 bytes in JSON (\u0001), so 50 * 2,000 * 6 = 600,000.
 SEND_BUFFER_MAX = 1_000_000
-SEND_TIMEOUT = 60  # seconds for a client to read what was sent to it
-HEARTBEAT = 27  # seconds between pings; Heroku's router cuts after 55 of silence
+SEND_TIMEOUT = 60  # seconds in which a client must read something of what was sent
+HEARTBEAT = 27  # seconds of silence until a ping; Heroku's router cuts after 55
 DATABASE_TIMEOUT = 3  # seconds for a query, or for a batch of messages
+FORM_TIMEOUT = 4  # seconds for a client to send a form
 REQUEST_TIMEOUT = 5  # seconds for a handler, except the WebSocket's
 START_TIMEOUT = 20  # seconds at the start: a replica set elects a primary in about 10
 CLOSE_TIMEOUT = 0.5  # seconds for each wait during the shutdown
@@ -233,9 +234,12 @@ async def older_messages(request: web.Request) -> web.Response:
 
 async def messages_before(request: web.Request, before: str) -> list[ChatEvent]:
     """The page of messages just before number `before`, which is text from a URL."""
-    # A number in a URL may be too large for MongoDB. No message is newer than
-    # latest_id, so nothing is lost.
-    end = min(parse_number(before), request.app[ROOM].latest_id + 1)
+    room = request.app[ROOM]
+    end = parse_number(before)
+    if end > room.latest_id + 1:
+        await room.catch_up()  # another process has shown the client more than we know
+    # A number in a URL may be too large for MongoDB.
+    end = min(end, room.latest_id + 1)
     return await read_messages(request["db"], end - PAGE_SIZE, end - 1)
 
 
@@ -260,7 +264,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     after = request.query.get("after", str(room.latest_id))
     after_id = 0 if after == "" else max(parse_number(after), 0)
     ws = web.WebSocketResponse(
-        heartbeat=HEARTBEAT,
+        timeout=SEND_TIMEOUT,  # for the client's answer, when we close
         # aiohttp refuses a message of exactly this size, hence the + 1.
         max_msg_size=BODY_MAX + 1,
         # Compressing every frame for every client would halve the speed.
@@ -278,17 +282,19 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
         # `await` that is under way in this block is cancelled, and the block raises
         # TimeoutError.
         async with connection.deadline:
+            if request.app[WRITER].closing:  # shut_down() did not see this one
+                connection.end(WSCloseCode.GOING_AWAY)
             await room.send_missed(connection, after_id)
-            # Each turn waits for the next frame. The loop ends when the client
-            # closes the connection, or when the connection is lost.
-            async for frame in ws:
+            while True:
+                frame = await connection.receive()
                 if frame.type is WSMsgType.TEXT:
                     await handle_text(request, connection, frame.data)
                 elif frame.type is WSMsgType.PING:
                     connection.send_frame(to_frame(WSMsgType.PONG, frame.data))
                 elif frame.type is WSMsgType.BINARY:
                     connection.end(WSCloseCode.UNSUPPORTED_DATA)
-                # PONG, the answer to our own pings, is left: aiohttp has noted it.
+                elif frame.type is not WSMsgType.PONG:
+                    break  # the client has closed the connection, or it is lost
                 # Read the next frame only when the client has read our answer: otherwise,
                 # answers to a client that sends and never reads would pile up.
                 await connection.flush()
@@ -296,8 +302,8 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                 # at once, so a client that sends without pause would stop everybody.
                 await asyncio.sleep(0)
     except (PyMongoError, TimeoutError, ConnectionError):
-        # Either end() was called, or catching up failed. In the latter case, the
-        # close code asks the client to reconnect.
+        # end() was called, or the client did not answer a ping, or catching up failed.
+        # In the last two cases, the close code asks the client to reconnect.
         pass
     finally:
         # Whatever happened: a connection that stayed in the room would be a user
@@ -384,8 +390,11 @@ class Connection:
         # and then in the operating system's buffer. A ping waits behind both. A big
         # buffer would delay it until a slow client is taken for a dead one.
         self.transport = request.transport
-        raw_socket = self.transport.get_extra_info("socket")
+        raw_socket: socket.socket = self.transport.get_extra_info("socket")
         raw_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+        # aiohttp must never wait for the client, because it has no time limit for
+        # that. Our flush() has one.
+        self.transport.set_write_buffer_limits(high=sys.maxsize)
         self.live = False  # True once it has all earlier messages: it gets each new one
         self.deadline = asyncio.timeout(None)  # when its handler stops: never, until end()
         # The client reads it as the reason. This one means "please reconnect".
@@ -407,18 +416,36 @@ class Connection:
         elif not self.ws.closed and not self.transport.is_closing():
             self.transport.write(frame)
 
+    async def receive(self) -> WSMessage:
+        """The client's next frame. Raise TimeoutError if it sends none and answers no ping.
+
+        aiohttp can ping by itself (``heartbeat=``). But it would take a client for dead whose
+        answer waits behind many messages that we have not read yet.
+        """
+        try:
+            return await self.ws.receive(HEARTBEAT)
+        except TimeoutError:
+            self.send_frame(to_frame(WSMsgType.PING, b""))
+        try:
+            return await self.ws.receive(HEARTBEAT)
+        except TimeoutError:
+            self.transport.abort()
+            raise
+
     async def flush(self) -> None:
         """Wait until the operating system has taken everything, as it does when a client reads.
 
-        Cut the connection if that takes too long.
+        However slowly it reads: only if it reads nothing for SEND_TIMEOUT, cut the connection.
         """
-        try:
-            async with asyncio.timeout(SEND_TIMEOUT):
-                # aiohttp's own drain() returns earlier, while some of it is still waiting.
-                while self.transport.get_write_buffer_size() > 0:
-                    await asyncio.sleep(0.01)
-        except TimeoutError:
-            self.transport.abort()
+        least = sys.maxsize
+        last_read = 0.0
+        while self.transport.get_write_buffer_size() > 0:
+            if self.transport.get_write_buffer_size() < least:
+                least = self.transport.get_write_buffer_size()
+                last_read = time.monotonic()
+            elif time.monotonic() > last_read + SEND_TIMEOUT:
+                self.transport.abort()
+            await asyncio.sleep(0.01)
 
     def end(self, code: WSCloseCode) -> None:
         """Have the handler close the connection. The first code counts.
@@ -436,7 +463,7 @@ class Connection:
         and only one task may read. If we left something unread, the operating system would
         throw away what we have sent (a TCP reset).
         """
-        await self.ws.close(code=self.close_code, drain=False)
+        await self.ws.close(code=self.close_code)
         await self.flush()
 
 
@@ -551,9 +578,8 @@ async def db_handler(request: web.Request, handler: Handler) -> web.StreamRespon
     request["db"] = request.app[ROOM].db
     # Motor limits each operation, see timeoutMS in connect(). But a handler may
     # need several, and may first have to wait for one of Motor's threads.
-    if request.match_info.route.name == "websocket":
-        return await handler(request)  # this one runs as long as the client stays
-    async with asyncio.timeout(REQUEST_TIMEOUT):
+    is_websocket = request.match_info.route.name == "websocket"  # it runs while the client stays
+    async with asyncio.timeout(None if is_websocket else REQUEST_TIMEOUT):
         return await handler(request)
 
 
@@ -817,8 +843,7 @@ class Room:
             self.latest_id = news[-1]["id"]
             self.recent.extend(news)
             # A client that is still catching up must get older messages first.
-            live = [connection for connection in self.connections if connection.live]
-            self.broadcast(news, live)
+            self.broadcast(news, [each for each in self.connections if each.live])
 
     def broadcast(self, events: list[ChatEvent], connections: Iterable[Connection]) -> None:
         """Send events to many clients: encoded once, and in one frame.
@@ -868,14 +893,14 @@ class Writer:
 
     def __init__(self, room: Room) -> None:
         self.room = room
-        self.waiting: list[Message] = []
+        self.waiting: dict[tuple[str, str], Message] = {}  # by user and key
         self.next_batch: asyncio.Task[None] | None = None  # the task that will store them
         self.lock = asyncio.Lock()  # one batch at a time
         self.pause_until = 0.0  # a time.monotonic(), see write_batch()
         self.closing = False  # shut_down() sets it: refuse new messages
         # True after a batch has failed. Then refuse every message immediately, until
-        # sync_messages() has read from the database again. Otherwise each message would
-        # wait for the same error, one after the other (fail fast, a circuit breaker).
+        # sync_presence() has written to the database. Otherwise each message would wait
+        # for the same error, one after the other (fail fast, a circuit breaker).
         self.failing = False
 
     async def post(self, user: str, text: str, key: str | None) -> ChatEvent | None:
@@ -886,8 +911,10 @@ class Writer:
         if self.closing:
             return {"type": "error", "text": "Not stored: the server is shutting down."}
         # The unique index needs a key in each message. An ObjectId is unique.
-        message = Message({"user": user, "text": text, "key": key or str(ObjectId())})
-        self.waiting.append(message)
+        key = key or str(ObjectId())
+        message = Message({"user": user, "text": text, "key": key})
+        # If another connection waits with the same key, wait for its message.
+        message = self.waiting.setdefault((user, key), message)
         if self.next_batch is None:
             self.next_batch = asyncio.create_task(self.write_batch())
         # shield(): if this handler is cancelled, the batch is not.
@@ -903,11 +930,11 @@ class Writer:
         async with self.lock:
             # We know the next free number before the other processes do, so we would
             # always be the first to use it. So pause for as long as our last batch
-            # took (fairness).
+            # took, but not for long (fairness).
             if self.room.has_peers:
                 await asyncio.sleep(self.pause_until - time.monotonic())
-            batch = self.waiting
-            self.waiting = []
+            batch = list(self.waiting.values())
+            self.waiting = {}
             self.next_batch = None  # from here on, post() starts a new one
             if self.failing:
                 return  # with the reply that each message had from the beginning
@@ -918,10 +945,10 @@ class Writer:
             except (PyMongoError, TimeoutError) as error:
                 log.warning("%d messages may not be stored: %s", len(batch), describe(error))
                 self.failing = True
-                self.room.wake("messages")
+                self.room.wake("messages", "presence")
                 return
             now = time.monotonic()
-            self.pause_until = now + (now - start)
+            self.pause_until = now + min(now - start, CLOSE_TIMEOUT)
 
     async def store(self, batch: list[Message]) -> None:
         """Store and publish a batch. If a number or a key is taken, try again with the rest.
@@ -1019,8 +1046,6 @@ class Reconciler:
         """Publish what other processes have stored."""
         await self.wait_for_change("messages")
         await self.room.catch_up()
-        # The database has answered, so the Writer may try again.
-        self.writer.failing = False
 
     async def sync_presence(self) -> None:
         """Write down who is here, read who is elsewhere, and announce the difference."""
@@ -1035,13 +1060,14 @@ class Reconciler:
             self.stored_users = users
         else:  # only a sign of life: watch_changes() ignores updates
             await presence.update_one({"_id": own_id}, {"$set": own}, upsert=True)
+        # The database has stored this, so the Writer may try again.
+        self.writer.failing = False
         # A process that was killed cannot sign off, but its document expires.
         others = presence.find({"_id": {"$ne": own_id}, "expires_at": {"$gt": now}})
         elsewhere = {user async for process in others for user in process["users"]}
         # Once more: somebody may have come or gone while we waited.
-        here = {connection.user for connection in self.room.connections}
+        self.room.show_online(elsewhere | {each.user for each in self.room.connections})
         self.room.has_peers = len(elsewhere) > 0
-        self.room.show_online(here | elsewhere)
 
     async def sync_sessions(self) -> None:
         """Close (code 1008) the WebSockets of sessions that were logged out, or have expired."""
@@ -1133,7 +1159,8 @@ async def show_form(request: web.Request) -> web.StreamResponse:
     with suppress(PyMongoError, TimeoutError):  # the empty form works without the database
         if await current_session(request) is not None:
             raise redirect_to(request, "chat")
-    return render_form(request, 200)
+    # Our JavaScript goes to /login?ended when the session has ended.
+    return render_form(request, 200, ended="ended" in request.query)
 
 
 def render_form(request: web.Request, status: int, **context: Any) -> web.Response:
@@ -1146,8 +1173,9 @@ async def read_form(request: web.Request) -> tuple[str, str]:
     """The login and the password that were posted, or 400."""
     # An unknown charset, a truncated body, a file in place of a text: these are
     # the sender's mistakes (400), not ours (500).
-    with suppress(LookupError, RuntimeError, TypeError, ValueError):
-        form: Mapping[str, Any] = await request.post()
+    with suppress(LookupError, RuntimeError, TimeoutError, TypeError, ValueError):
+        async with asyncio.timeout(FORM_TIMEOUT):
+            form: Mapping[str, Any] = await request.post()
         login = form.get("login", "")
         password = form.get("password", "")
         if is_valid_text(login) and is_valid_text(password):
@@ -1168,7 +1196,8 @@ async def log_in(request: web.Request) -> web.StreamResponse:
     async with hash_turn(request.app):
         seconds = await retry_after(db, attempt)
         if seconds > 0:
-            page = render_form(request, 429, login=login, error="throttled", seconds=seconds)
+            minutes = -(-seconds // 60)  # rounded up
+            page = render_form(request, 429, login=login, error="throttled", minutes=minutes)
             page.headers["Retry-After"] = str(seconds)
             return page
         user = await db.users.find_one({"_id": user_id})

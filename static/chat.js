@@ -1,370 +1,332 @@
-// The chat page. Without this, it still shows the messages, and links to older ones.
-"use strict";
+// The chat page. Follow a message through five functions: connect() opens the WebSocket,
+// publish() shows a message that arrives, send() takes what was typed, transmit() puts it on the
+// WebSocket, and confirm() takes it out of the outbox when the server has stored it.
+
+const RETRY_MIN = 500; // milliseconds until the first attempt to connect again
+const RETRY_MAX = 4_000; // milliseconds until a later attempt, plus up to a quarter
+const CONNECT_TIMEOUT = 4_000; // milliseconds for the server to answer when we connect
+const ANSWER_TIMEOUT = 12_000; // milliseconds for it to store a message, or to find older ones
+const LEFT_DELAY = 2_000; // milliseconds that people must be away before we say that they left
+const SHOWN_MAX = 300; // messages on the page, while the reader is at the bottom
+const NEAR = 60; // pixels from the bottom that still count as the bottom
 
 const $ = (id) => document.getElementById(id);
+const { user, textMax, pageSize } = $("chat").dataset;
+const [log, list, older, box] = ["log", "messages", "older", "text"].map($);
+const copyOf = (id) => $(id).content.firstElementChild.cloneNode(true);
+const authorOf = (item) => item.querySelector(".name").textContent;
+const dateOf = (item) => new Date(item.querySelector("time").dateTime);
 
-// On the forms' pages there is no chat: only a word about why somebody is there.
-if ($("ended") && sessionStorage.getItem("ended")) $("ended").hidden = false;
-sessionStorage.removeItem("ended");
-if ($("chat")) start();
-
-function start() {
-  const { user, limit, page } = $("chat").dataset;
-  const log = $("log"), list = $("messages"), box = $("text"), title = document.title;
-  let newest = Number(list.lastElementChild?.dataset.id ?? 0); // the highest number shown
-  let socket, timer, pause = 500, leaving = false;
-  let following = true, top = 0; // the reader is at the bottom, and wants to stay there
-  let unseen = 0, unread = 0; // messages further down; messages while the tab was hidden
-  const online = new Set(), leftTimers = new Map(); // user -> the timer that will say so
-
-  // ---- One message: a copy of the page's own <template>, filled in
-
-  const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
-
-  function fill(item, { id, key, user: who, text, time }) {
-    Object.assign(item.dataset, { id, key });
-    item.classList.toggle("mine", who === user);
-    item.querySelector("b").textContent = who;
-    const stamp = item.querySelector("time"), date = new Date(time);
-    stamp.dateTime = time;
-    stamp.textContent = date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
-    stamp.title = date.toLocaleString();
-    item.querySelector(".text").replaceChildren(...withLinks(text));
-    return item;
+// One bad message must not stop the page, nor a storage that is forbidden or holds nonsense.
+function attempt(action) {
+  try {
+    return action();
+  } catch (error) {
+    console.error(error);
+    return null;
   }
+}
 
-  // Text nodes and links: what somebody wrote is never parsed as HTML. A link may end with
-  // a pair of parentheses, but not with the full stop of the sentence around it.
-  const LINK = /(https?:\/\/(?:\([^\s<>"()]*\)|[^\s<>"()])*(?:\([^\s<>"()]*\)|[^\s<>"'.,:;!?()[\]{}]))/i;
+// ---- One message
+// Fill in a copy of the page's <template>, or a message that the server has rendered.
+function fillIn(item, { id, key, user: author, text, time }) {
+  Object.assign(item.dataset, { id, key });
+  item.classList.toggle("mine", author === user);
+  item.querySelector(".text").replaceChildren(...withLinks(text));
+  const stamp = item.querySelector("time");
+  stamp.dateTime = time;
+  stamp.textContent = dateOf(item).toLocaleTimeString([], { timeStyle: "short" });
+  return setName(item, author);
+}
 
-  function withLinks(text) {
-    return text.split(LINK).map((part, index) => {
-      if (index % 2 === 0 || !URL.canParse(part)) return document.createTextNode(part);
-      const link = document.createElement("a");
-      const rel = "noopener noreferrer nofollow ugc";
-      return Object.assign(link, { href: part, textContent: part, target: "_blank", rel });
-    });
+// Text and links: what somebody wrote is never parsed as HTML.
+function withLinks(text) {
+  const parts = text.split(/(https?:\/\/[^\s<>"]*[^\s<>"'.,:;!?()[\]{}])/i);
+  return parts.map((part, index) => {
+    if (index % 2 === 0) return part; // what stands between the links
+    const link = { href: part, textContent: part, target: "_blank", rel: "noopener nofollow ugc" };
+    return Object.assign(document.createElement("a"), link);
+  });
+}
+
+// A name has the same hue everywhere. chat.css makes the colours from it (but no yellow).
+function setName(item, name) {
+  let hue = 0;
+  for (const character of name) hue = (hue * 109 + character.codePointAt(0)) % 270;
+  item.style.setProperty("--hue", hue);
+  item.querySelector(".avatar").textContent = [...name][0].toUpperCase();
+  item.querySelector(".name").textContent = name;
+  return item;
+}
+
+// Show the day if it is a new one, and the author unless the same person goes on.
+function groupWithPrevious(item) {
+  const previous = item.previousElementSibling;
+  const date = dateOf(item);
+  const sameDay = previous !== null && dateOf(previous).toDateString() === date.toDateString();
+  item.querySelector(".day").textContent = date.toLocaleDateString([], { dateStyle: "full" });
+  item.querySelector(".day").hidden = sameDay;
+  item.classList.toggle("same", sameDay && authorOf(previous) === authorOf(item));
+}
+
+// ---- Reading. The log scrolls upwards: its scrollTop is 0 at the bottom, and negative above
+// (column-reverse in chat.css). So it stays at the bottom by itself, whatever changes above.
+let newest = 0; // the highest number of a message on the page
+function publish(message) {
+  confirm(message);
+  if (message.id <= newest) return; // it is on the page already
+  list.append(fillIn(copyOf("message"), message));
+  groupWithPrevious(list.lastElementChild);
+  newest = message.id;
+  $("jump").hidden = false; // toBottom() hides it again
+}
+
+function toBottom() {
+  log.scrollTop = 0;
+  $("jump").hidden = true;
+  while (list.children.length > SHOWN_MAX) {
+    list.firstElementChild.remove(); // or the page would grow without limit
+    groupWithPrevious(list.firstElementChild);
+    older.hidden = false;
   }
+}
 
-  // What depends on the message before: a new day, and whether the same person goes on.
-  function arrange(item) {
-    const before = item.previousElementSibling, day = item.querySelector(".day");
-    const date = (each) => new Date(each.querySelector("time").dateTime);
-    const name = (each) => each.querySelector("b").textContent;
-    day.textContent = date(item).toLocaleDateString([], { dateStyle: "full" });
-    day.hidden = !!before && date(before).toDateString() === date(item).toDateString();
-    const same = before && day.hidden && name(before) === name(item) && date(item) - date(before) < 300e3;
-    item.classList.toggle("same", !!same);
-  }
+function onScroll() {
+  if (log.scrollTop > -NEAR) $("jump").hidden = true;
+  const isNearTop = log.scrollHeight + log.scrollTop < 2 * log.clientHeight;
+  if (isNearTop && older.className === "") loadOlder();
+}
 
-  // ---- Reading
+// `user` is for the server: somebody else may have logged in at this browser since.
+async function fetchMessages(before, timeout) {
+  const url = `/messages?${new URLSearchParams({ before, user })}`;
+  const response = await fetch(url, { signal: AbortSignal.timeout(timeout) });
+  if (response.redirected) goToLogin();
+  return (await response.json()).messages; // the page of an error is no JSON: an exception
+}
 
-  const atBottom = () => log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+async function loadOlder(event) {
+  event?.preventDefault(); // the link's URL is for readers without JavaScript
+  if (older.hidden || older.className === "loading") return;
+  older.className = "loading";
+  const first = list.firstElementChild;
+  const messages = await fetchMessages(first.dataset.id, ANSWER_TIMEOUT).catch(() => null);
+  older.className = messages ? "" : "failed"; // after a failure, only when asked
+  if (!messages || first !== list.firstElementChild) return; // or toBottom() has removed it
+  log.setAttribute("aria-live", "off"); // a screen reader need not read these out
+  setTimeout(() => log.removeAttribute("aria-live"), 500);
+  const items = messages.map((message) => attempt(() => fillIn(copyOf("message"), message)) ?? "");
+  list.prepend(...items);
+  [...list.children].slice(0, messages.length + 1).forEach(groupWithPrevious);
+  older.hidden = messages.length < pageSize || messages[0].id === 1;
+}
 
-  function toBottom() {
-    following = true;
-    log.scrollTop = top = log.scrollHeight;
-    showUnseen((unseen = 0));
-  }
+// ---- Writing. A message waits in the outbox, and in the browser's storage, until the server
+// has stored it. To send it twice does no harm: the server stores each key once.
+const outbox = new Map(); // key -> { key, text, failed, item }
+const outboxName = `unsent ${user} `; // and the key: the name of a message in the storage
+const draftName = `draft ${user}`;
 
-  function showUnseen() {
-    $("jump").hidden = !unseen;
-    $("jump").textContent = unseen === 1 ? "1 new message ↓" : `${unseen} new messages ↓`;
-  }
+const load = (name) => attempt(() => JSON.parse(localStorage.getItem(name)));
+const save = (name, value) => attempt(() => localStorage.setItem(name, JSON.stringify(value)));
 
-  function show(event) {
-    settle(event);
-    if (event.id <= newest) return; // it is there already
-    newest = event.id;
-    list.append(fill(copy("message"), event));
-    arrange(list.lastElementChild);
-    if (!following) showUnseen(++unseen);
-    if (document.hidden && event.user !== user) document.title = `(${++unread}) ${title}`;
-  }
-
-  // It says whose page this is: another one may have logged in at this browser since.
-  const messages = (before) => `/messages?${new URLSearchParams({ before, user })}`;
-
-  let loading = false;
-  async function loadOlder() {
-    const first = list.firstElementChild, link = $("older");
-    if (loading || !link) return;
-    loading = true;
-    delete link.dataset.failed;
-    link.textContent = "Loading …";
-    try {
-      const answer = await fetch(messages(first.dataset.id));
-      if (answer.redirected) return leave();
-      if (!answer.ok) throw new Error(answer.status);
-      const older = (await answer.json()).messages;
-      const items = older.map((event) => fill(copy("message"), event));
-      const height = log.scrollHeight, place = log.scrollTop;
-      log.setAttribute("aria-live", "off"); // old ones are no news
-      list.prepend(...items);
-      [...items, first].forEach(arrange);
-      link.textContent = "Older messages";
-      if (older.length < page || older[0].id === 1) {
-        if (document.activeElement === link) log.focus();
-        link.remove();
-      }
-      log.scrollTop = place + log.scrollHeight - height;
-      setTimeout(() => log.removeAttribute("aria-live"), 500);
-    } catch {
-      link.textContent = "Older messages could not be loaded. Try again";
-      link.dataset.failed = "yes"; // from now on only when asked
-    } finally {
-      loading = false;
-    }
-  }
-
-  // ---- Who is here
-
-  function showOnline(news) {
-    $("news").textContent = news;
-    $("count").textContent = online.size;
-    const names = [...online].sort().map((textContent) => Object.assign(document.createElement("li"), { textContent, dir: "auto" }));
-    $("online").replaceChildren(...names);
-  }
-
-  // ---- Writing. What is not known to be stored waits in `unsent`, and in the browser's
-  // storage under its writer's name. To send it twice does no harm: it keeps its key.
-
-  const unsent = new Map(); // key -> { key, text, at, failed, item }
-  const mine = `unsent ${user} `, draft = `draft ${user}`;
-
-  function keep(storage, name, value) {
-    try {
-      storage.setItem(name, value);
-    } catch {} // it is full, or forbidden: all goes on, but a reload would lose this
-  }
-
-  function remember({ key, text, at, failed }) {
-    keep(localStorage, mine + key, JSON.stringify({ key, text, at, failed }));
-  }
-
-  function add(message) {
-    const item = (message.item = copy("unsent-message"));
-    const [again, edit] = item.querySelectorAll("button");
-    item.querySelector(".text").textContent = message.text;
-    again.onclick = () => {
-      message.failed = undefined;
-      remember(message);
-      showState(message);
-      transmit(message);
-      box.focus();
-    };
-    edit.onclick = () => {
-      settle(message);
-      box.value = [message.text, box.value].filter(Boolean).join("\n");
-      typed();
-      box.focus();
-    };
-    unsent.set(message.key, message);
-    $("unsent").append(item);
-    showState(message);
-  }
-
-  function showState({ item, failed }) {
-    const state = item.querySelector(".state");
-    state.textContent = failed ?? "Sending …";
-    state.classList.toggle("failed", !!failed);
-    item.querySelector(".again").hidden = !failed;
-  }
-
-  function transmit(message) {
-    if (message.failed || socket.readyState !== WebSocket.OPEN) return;
-    const attempt = (message.attempt = {}), { key, text } = message;
-    socket.send(JSON.stringify({ text, key }));
-    // No answer at all, not even an error: the line is dead, and nobody has told us.
-    const waits = () => unsent.get(key)?.attempt === attempt && !message.failed;
-    setTimeout(() => waits() && drop(), 15000);
-  }
-
-  function settle({ key, user: who = user }) {
-    if (who !== user || !unsent.has(key)) return;
-    unsent.get(key).item.remove();
-    unsent.delete(key);
-    localStorage.removeItem(mine + key);
-  }
-
-  function refuse({ key, text }) {
-    const message = unsent.get(key);
-    if (!message) return;
-    message.failed = text;
-    remember(message);
-    showState(message);
-  }
-
-  const length = () => [...box.value.trim()].length; // code points, as the server counts
-
-  // A draft is kept for this tab, and for the next one, should this one be closed.
-  function typed() {
-    const before = sessionStorage.getItem(draft);
-    keep(sessionStorage, draft, box.value);
-    if (box.value || localStorage.getItem(draft) === before) keep(localStorage, draft, box.value);
-    const left = limit - length(), some = `${Math.abs(left)} character${Math.abs(left) === 1 ? "" : "s"}`;
-    $("counter").textContent = left < 0 ? `${some} too many` : left < 200 ? `${some} left` : "";
-    $("counter").classList.toggle("fault", left < 0);
-    box.setAttribute("aria-invalid", left < 0);
-  }
-
-  function send() {
-    if (!length() || length() > limit) return;
-    const bytes = crypto.getRandomValues(new Uint8Array(16));
-    const key = [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-    const message = { key, text: box.value.trim(), at: performance.timeOrigin + performance.now() };
-    remember(message);
-    add(message);
-    transmit(message);
-    box.value = "";
-    typed();
-    toBottom();
-  }
-
-  // ---- The connection
-
-  const handlers = {
-    message: show,
-    error: refuse,
-    online({ users }) {
-      pause = 500;
-      leftTimers.forEach(clearTimeout);
-      online.clear();
-      users.forEach((name) => online.add(name));
-      showOnline("");
-    },
-    joined({ user: who }) {
-      clearTimeout(leftTimers.get(who));
-      if (online.has(who)) return;
-      online.add(who);
-      showOnline(`${who} has come`);
-    },
-    // Somebody who reloads the page leaves and comes back at once. Do not tell that.
-    left({ user: who }) {
-      const tell = () => {
-        online.delete(who);
-        showOnline(`${who} has left`);
-      };
-      leftTimers.set(who, setTimeout(tell, 2000));
-    },
-  };
-
-  function connect() {
-    clearTimeout(timer);
-    const url = new URL("/ws", location.href.replace(/^http/, "ws"));
-    url.search = new URLSearchParams({ after: newest, user });
-    const own = (socket = new WebSocket(url));
-    let opened = false;
-    timer = setTimeout(drop, 4000); // no answer, not even a no
-    socket.onopen = () => {
-      opened = true;
-      clearTimeout(timer);
-      $("connection").textContent = "";
-      unsent.forEach(transmit); // in the order in which they were typed
-    };
-    socket.onmessage = ({ data }) => {
-      if (own !== socket) return;
-      JSON.parse(data).forEach((event) => handlers[event.type]?.(event));
-      if (following) toBottom();
-    };
-    socket.onclose = ({ code }) => {
-      if (own !== socket) return;
-      if (code === 1008) return leave();
-      if (!opened) checkSession(); // a refused handshake does not tell why
-      $("connection").textContent = "Not connected. Trying again …";
-      clearTimeout(timer);
-      timer = setTimeout(connect, Math.min(4000, pause) * (1 + Math.random() / 4));
-      pause = Math.min(4000, pause * 1.6);
-    };
-  }
-
-  // Give the line up now: the browser itself may take minutes to notice.
-  function drop() {
-    socket.onclose?.({ code: 1006 });
-    socket.onclose = null;
-    socket.close();
-  }
-
-  async function checkSession() {
-    const answer = await fetch(messages(0)).catch(() => null);
-    if (answer?.redirected) leave();
-  }
-
-  function leave() {
-    if (leaving) return;
-    leaving = true;
-    clearTimeout(timer);
-    keep(sessionStorage, "ended", "yes");
-    location.replace("/login");
-  }
-
-  function connectNow() {
-    if (!leaving && socket.readyState > WebSocket.OPEN) connect();
-  }
-
-  // ---- What the page starts with
-
-  Object.keys(localStorage)
-    .filter((name) => name.startsWith(mine))
-    .map((name) => JSON.parse(localStorage.getItem(name)))
-    .sort((a, b) => a.at - b.at)
-    .forEach(add);
-  for (const item of list.children) {
-    const { id, key } = item.dataset, who = item.querySelector("b").textContent;
-    const text = item.querySelector(".text").textContent, time = item.querySelector("time").dateTime;
-    fill(item, { id, key, user: who, text, time });
-    arrange(item);
-    settle({ key, user: who });
-  }
-  const old = sessionStorage.getItem(draft) ?? localStorage.getItem(draft);
-  if (old !== box.value) box.value = [old, box.value].filter(Boolean).join("\n"); // typed already
-  typed();
+function send(event) {
+  event.preventDefault();
+  const text = box.value.trim();
+  if (text === "" || [...text].length > textMax) return;
+  const key = `${Date.now()}-${crypto.getRandomValues(new Uint32Array(4)).join("-")}`; // sortable
+  transmit(addToOutbox({ key, text, failed: "" }));
+  box.value = "";
+  onInput();
   toBottom();
-  connect();
+}
 
-  $("write").querySelector("button").disabled = false;
-  $("write").onsubmit = (event) => {
-    event.preventDefault();
-    send();
-    box.focus();
-  };
-  box.oninput = typed;
-  box.onkeydown = (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
-    event.preventDefault();
-    send();
-  };
-  document.onkeydown = ({ key, ctrlKey, metaKey, altKey }) => {
-    const idle = [document.body, log].includes(document.activeElement);
-    if (idle && key.length === 1 && key !== " " && !ctrlKey && !metaKey && !altKey) box.focus();
-  };
-  $("jump").onclick = () => {
-    toBottom();
-    box.focus();
-  };
-  document.querySelector("header form").onsubmit = () => (leaving = true);
-  if ($("older")) {
-    $("older").onclick = (event) => {
-      event.preventDefault();
-      loadOlder();
-    };
+function transmit(message) {
+  if (message.failed || socket?.readyState !== WebSocket.OPEN) return;
+  socket.send(JSON.stringify({ text: message.text, key: message.key }));
+  // No answer at all, not even an error: the connection is dead, but the browser does not know.
+  const usedSocket = socket;
+  setTimeout(() => {
+    if (outbox.has(message.key) && !message.failed && socket === usedSocket) dropConnection();
+  }, ANSWER_TIMEOUT);
+}
+
+function confirm({ key, user: author }) {
+  if (author !== user) return;
+  outbox.get(key)?.item.remove();
+  outbox.delete(key);
+  attempt(() => localStorage.removeItem(outboxName + key));
+}
+
+function addToOutbox(message) {
+  message.item = copyOf("unsent-message");
+  message.item.querySelector(".text").textContent = message.text;
+  outbox.set(message.key, message);
+  $("unsent").append(message.item);
+  const [again, edit] = message.item.querySelectorAll("button");
+  again.addEventListener("click", () => transmit(mark(message, "")));
+  edit.addEventListener("click", () => {
+    confirm({ key: message.key, user });
+    box.value = `${message.text}\n${box.value}`.trimEnd();
+    onInput();
+  });
+  return mark(message, message.failed);
+}
+
+// Mark a message as failed, with the reason; or, with "", as being sent.
+function mark(message, failed) {
+  message.failed = failed;
+  message.item.classList.toggle("failed", failed !== "");
+  message.item.querySelector(".state").textContent = failed || "Sending…";
+  save(outboxName + message.key, { text: message.text, failed });
+  return message;
+}
+
+function onInput() {
+  save(draftName, box.value);
+  const left = textMax - [...box.value.trim()].length; // code points, as the server counts
+  $("counter").textContent = left < 200 ? `Characters left: ${left}` : "";
+  box.setAttribute("aria-invalid", left < 0);
+  if (CSS.supports("field-sizing", "content")) return; // the box is as high as its text
+  box.style.height = "auto";
+  box.style.height = `${box.scrollHeight + 2}px`; // and its border
+}
+
+// ---- The connection
+let socket = null;
+let timer; // gives up connecting, or tries again
+let retryDelay = RETRY_MIN;
+let leaving = false; // the session has ended, or is about to
+function connect() {
+  const query = new URLSearchParams({ after: newest, user }); // we are sent all that is newer
+  const opening = new WebSocket(`${location.origin.replace("http", "ws")}/ws?${query}`);
+  socket = opening;
+  clearTimeout(timer);
+  timer = setTimeout(dropConnection, CONNECT_TIMEOUT);
+  socket.addEventListener("open", () => {
+    clearTimeout(timer);
+    $("connection").textContent = "";
+    outbox.forEach(transmit); // in the order in which they were typed
+  });
+  socket.addEventListener("message", ({ data }) => {
+    const height = log.scrollHeight;
+    for (const event of JSON.parse(data)) attempt(() => handlers[event.type]?.(event));
+    if (log.scrollTop > -NEAR) toBottom();
+    else log.scrollTop -= log.scrollHeight - height; // do not move what somebody reads
+  });
+  socket.addEventListener("close", ({ code }) => {
+    if (code === 1008) goToLogin();
+    else if (socket === opening) dropConnection();
+  });
+}
+
+// Give up the connection, and try again. The browser itself may take minutes to notice.
+function dropConnection() {
+  socket?.close();
+  socket = null;
+  $("connection").textContent = "Disconnected. Reconnecting…";
+  clearTimeout(timer);
+  timer = setTimeout(reconnect, retryDelay * (1 + Math.random() / 4));
+  retryDelay = Math.min(RETRY_MAX, retryDelay * 1.6);
+}
+
+// Ask with fetch() first: it can tell that the session has ended, which a refused WebSocket
+// cannot. And after some failures Firefox delays WebSockets, but not this.
+async function reconnect() {
+  if (socket || leaving) return;
+  const answer = await fetchMessages(0, CONNECT_TIMEOUT).catch(() => null);
+  if (socket || leaving) return;
+  if (answer) connect();
+  else dropConnection();
+}
+
+function goToLogin() {
+  if (!leaving) location.replace("/login?ended");
+  leaving = true;
+}
+
+// ---- People
+let online = new Set(); // who is connected
+let shown = new Set(); // whom the page shows: also those who left a moment ago
+function showOnline(news) {
+  $("online").replaceChildren(...[...shown].sort().map((name) => setName(copyOf("person"), name)));
+  for (const count of document.querySelectorAll(".count")) count.textContent = shown.size;
+  $("news").textContent = news;
+}
+
+const handlers = {
+  message: publish,
+  error: ({ key, text }) => outbox.has(key) && mark(outbox.get(key), text),
+  online({ users }) {
+    retryDelay = RETRY_MIN;
+    online = new Set(users);
+    shown = new Set(users);
+    showOnline("");
+  },
+  joined({ user: name }) {
+    online.add(name);
+    if (shown.has(name)) return;
+    shown.add(name);
+    showOnline(`${name} joined`);
+  },
+  // Somebody who reloads the page leaves and joins at once. Nobody needs to know.
+  left({ user: name }) {
+    online.delete(name);
+    setTimeout(() => {
+      if (!online.has(name) && shown.delete(name)) showOnline(`${name} left`);
+    }, LEFT_DELAY);
+  },
+};
+
+// ---- Start
+// Take over a message that the server has rendered.
+function adopt(item) {
+  const time = item.querySelector("time").dateTime;
+  const message = { ...item.dataset, user: authorOf(item), time };
+  newest = Number(message.id);
+  confirm(message);
+  fillIn(item, { ...message, text: item.querySelector(".text").textContent });
+  groupWithPrevious(item);
+}
+
+$("write").addEventListener("submit", send);
+box.addEventListener("keydown", (event) => {
+  const isComposing = event.isComposing || event.keyCode === 229; // an input method is in use
+  if (event.key === "Enter" && !event.shiftKey && !isComposing) send(event);
+});
+box.addEventListener("input", onInput);
+older.addEventListener("click", loadOlder);
+log.addEventListener("scroll", onScroll);
+$("jump").addEventListener("click", toBottom);
+document.querySelector("main").addEventListener("click", ({ target }) => {
+  if (target.matches("button")) box.focus();
+});
+document.querySelector("header form").addEventListener("submit", () => {
+  leaving = true;
+});
+addEventListener("resize", onInput);
+addEventListener("online", reconnect);
+addEventListener("offline", dropConnection);
+document.addEventListener("visibilitychange", reconnect);
+// Ask before the page is closed if the storage could not keep what is not sent yet.
+addEventListener("beforeunload", (event) => {
+  const isLost = load(draftName) !== box.value && (box.value !== "" || outbox.size > 0);
+  if (isLost && !leaving) event.preventDefault();
+});
+
+// ?before= is for readers without JavaScript. With it, the page shows the newest messages.
+if (location.search) {
+  location.replace("/");
+} else {
+  const names = attempt(() => Object.keys(localStorage)) ?? [];
+  for (const name of names.filter((name) => name.startsWith(outboxName)).sort()) {
+    const { text, failed = "" } = load(name) ?? {};
+    if (typeof text === "string") addToOutbox({ key: name.slice(outboxName.length), text, failed });
   }
-  log.onscroll = () => {
-    following = atBottom() || (following && log.scrollTop >= top); // it may just have shrunk
-    top = log.scrollTop;
-    if (following) showUnseen((unseen = 0));
-    if (log.scrollTop < 200 && !$("older")?.dataset.failed) loadOlder();
-  };
-  new ResizeObserver(() => following && toBottom()).observe(log);
-  window.onstorage = ({ key, newValue }) => {
-    if (key?.startsWith(mine) && !newValue) settle({ key: key.slice(mine.length) }); // in another tab
-  };
-  window.ononline = connectNow;
-  window.onoffline = drop;
-  document.onvisibilitychange = () => {
-    if (document.hidden) return;
-    unread = 0;
-    document.title = title;
-    connectNow();
-  };
+  for (const item of list.children) attempt(() => adopt(item));
+  const draft = load(draftName);
+  if (typeof draft === "string") box.value = draft + box.value; // that was typed already
+  onInput();
+  connect();
+  $("write").querySelector("button").disabled = false;
 }
