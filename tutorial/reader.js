@@ -235,11 +235,10 @@ function letScroll() {
   for (const each of blocks) each.removeAttribute("tabindex");
   for (const each of tooWide) each.tabIndex = 0;
 }
-addEventListener("resize", letScroll);
+new ResizeObserver(letScroll).observe(main); // it looks once at the start, too
 
 // ---- The start: where the address says, or where the reader was
 
-letScroll();
 if (recall("width")) divide(recall("width"));
 for (const chapter of chapters) if (read.has(chapter.id)) tick(chapter);
 if (history.state) {
