@@ -126,7 +126,8 @@ for (const each of [main, pane, window]) {
 
 // ---- Scrolling: where is the reader?
 
-const isAbove = (element, y) => element.checkVisibility() && element.getBoundingClientRect().top <= y;
+const isAbove = (element, y) =>
+  element.checkVisibility() && element.getBoundingClientRect().top <= y;
 const isBefore = (a, b) => a.compareDocumentPosition(b) & Node.DOCUMENT_POSITION_FOLLOWING;
 const read = new Set(recall("read", []));
 
@@ -183,8 +184,11 @@ function onceAFrame(action) {
 
 for (const target of [main, window]) target.addEventListener("scroll", onceAFrame(onScroll));
 pane.addEventListener("scroll", onceAFrame(onCodeScroll));
+function onInput(event) {
+  following = !$("#code").contains(event.target);
+}
 for (const type of ["wheel", "touchmove", "pointerdown", "keydown"]) {
-  addEventListener(type, (event) => (following = !event.target.closest?.("#code")), { passive: true });
+  addEventListener(type, onInput, { passive: true });
 }
 
 // ---- The divider, the keyboard, and the buttons
