@@ -91,11 +91,11 @@ addEventListener("click", (event) => {
   event.preventDefault();
   link.closest("[popover]")?.hidePopover();
   if (main.contains(link)) opener = link;
-  const target = targetOf(link);
-  history.replaceState(place(), "");
-  go(target);
-  if (link.hash !== location.hash) history.pushState(place(), "", link.hash);
+  const before = place();
+  go(targetOf(link));
   if (pane.contains(link)) following = false; // the way back leaves the code as it is
+  history.replaceState(before, "");
+  if (link.hash !== location.hash) history.pushState(place(), "", link.hash);
 });
 
 // ---- The history. The browser remembers the hash, but not where text and code were.
