@@ -2694,12 +2694,23 @@ async def test_page_two_people(chat, chromium):
             assert (await stamp.text_content()).startswith(f"{hour:02}:")
             await has_no_barriers(page)
             await expect(page.locator("#unsent li")).to_have_count(0)
-        # One reload is no news.
+        # A reload is no news.
+        await anna.evaluate("""window.news = [];
+            new MutationObserver(() => news.push(1)).observe(
+                document.getElementById("news"), { childList: true })""")
         await boris.reload()
         await type_in(boris, "back")
         await expect(anna.locator(MESSAGES).last).to_have_text("back")
-        await expect(anna.locator("#news")).to_have_text(f"{boris.login} joined")
-        await boris.context.close()
+        assert await anna.evaluate("news") == []
+
+        async def slowly(route):
+            await asyncio.sleep(0.5)
+            await route.continue_()
+
+        # Who logs out knows that the session has ended.
+        await boris.route("**/login*", slowly)
+        await boris.get_by_role("button", name="Log out").click()
+        await boris.wait_for_url(chat.url + "/login")
         await expect(anna.locator("#news")).to_have_text(f"{boris.login} left")
 
 
@@ -2785,7 +2796,12 @@ async def test_page_older_messages(mongo, chromium):
     )
     async with Chat(MONGODB_URI=uri) as chat, people(chat, None) as [person]:
         await person.connect("new")
-        async with tab(chromium, chat, script=impatient) as page:
+        async with tab(chromium, chat, "anna", script=impatient) as page:
+            # A message was stored, and her tab was closed before she knew.
+            await page.evaluate("""localStorage.setItem("unsent anna 5", '{"text": "x"}')""")
+            await page.reload()
+            await expect(page.locator("#unsent li")).to_have_count(0)
+            assert await texts(page) == wanted[-50:]
             older, again = page.locator("#older"), page.get_by_text("could not be loaded")
             for answer in (lambda route: route.abort(), lambda route: None):
                 await page.route("**/messages?*", answer)
@@ -2884,12 +2900,13 @@ async def test_page_and_its_storage(chat, chromium, script):
     async with tab(chromium, chat, script=script) as page:
         if not script:
             for name in ("draft ", "unsent "):
-                for value in ("null", "[]", '{"text": 5}', "{"):
+                for value in ("{", "null", "[]", '{"text": 5}'):
                     path = f"{name}{page.login}" + (f" {value}" if name == "unsent " else "")
                     await page.evaluate(
                         "([name, value]) => localStorage.setItem(name, value)", [path, value]
                     )
         await page.reload()
+        await expect(page.locator("#text")).to_have_value("")
         await type_in(page, f"from {page.login}")
         await expect(page.locator(MESSAGES).last).to_have_text(f"from {page.login}")
         await expect(page.locator("#unsent li")).to_have_count(0)
@@ -2918,11 +2935,13 @@ async def test_page_and_somebody_else(mongo, chromium):
         cookie = (await other.form("/login")).cookies["chat"].value
         chat.kill()
         await type_in(page, "a secret")
+        await page.keyboard.type("a draft")
         await expect(page.locator("#unsent li")).to_have_count(1)
         # Before the page is back, the cookie becomes another one's.
         await page.context.add_cookies([{"name": "chat", "value": cookie, "url": chat.url}])
         chat.start()
         await expect(page.locator("#chat")).to_have_attribute("data-user", "mallory", timeout=15000)
+        await expect(page.locator("#text")).to_have_value("")
         await type_in(page, "hello")
         await wait_for_texts(page, "hello")
         assert "a secret" not in await page.content()
@@ -2932,6 +2951,7 @@ async def test_page_and_somebody_else(mongo, chromium):
         await page.wait_for_url(chat.url + "/")
         await wait_for_texts(page, "hello", "a secret")
         await expect(page.locator("#messages b").last).to_have_text("anna")
+        await expect(page.locator("#text")).to_have_value("a draft")
 
 
 @on_pages
@@ -3306,18 +3326,18 @@ def web_server():
 
 
 @contextlib.asynccontextmanager
-async def reader(url, **options):
+async def reader(it, url, **options):
     """The page. It must not complain about anything, nor ask for anything but itself."""
-    async with browser() as it:
-        context = await it.new_context(**options)
-        page = await context.new_page()
-        complaints = []
-        context.on("weberror", lambda error: complaints.append(str(error.error)))
-        context.on("console", lambda line: complaints.append(line.text))
-        context.on("request", lambda each: each.url == url or complaints.append(each.url))
-        await page.goto(url)
-        yield page
-        assert complaints == []
+    context = await it.new_context(**options)
+    page = await context.new_page()
+    complaints = []
+    context.on("weberror", lambda error: complaints.append(str(error.error)))
+    context.on("console", lambda line: complaints.append(line.text))
+    context.on("request", lambda each: each.url == url or complaints.append(each.url))
+    await page.goto(url)
+    yield page
+    assert complaints == []
+    await context.close()
 
 
 def test_reader_is_up_to_date(tmp_path):
@@ -3349,12 +3369,14 @@ FOLLOW_ALL = """[...document.querySelectorAll("main a.to-code")].map((link) => {
 })"""
 
 
-@asynchronous
+@on_pages
 @pytest.mark.parametrize("options", [DESKTOP, PHONE], ids=["file, desktop", "http, phone"])
-async def test_reader_links(options):
+async def test_reader_links(chromium, options):
     """Each link brings its very lines into view. And the code can be copied as it is."""
     with web_server() as url:
-        async with reader(READER.as_uri() if options is DESKTOP else url, **options) as page:
+        async with reader(
+            chromium, READER.as_uri() if options is DESKTOP else url, **options
+        ) as page:
             assert await page.evaluate(DEAD_LINKS) == []
             links = await page.evaluate(FOLLOW_ALL)
             assert [link["target"] for link in links if not link["good"]] == []
@@ -3381,11 +3403,11 @@ async def test_reader_links(options):
                 assert copied.rstrip() == (HERE / name).read_text().rstrip()
 
 
-@asynchronous
-async def test_reader_desktop():
+@on_pages
+async def test_reader_desktop(chromium):
     """Keyboard, history, memory: the text leads the code, and the code leads back."""
     with web_server() as url:
-        async with reader(url, **DESKTOP) as page:
+        async with reader(chromium, url, **DESKTOP) as page:
             marked, focused = page.locator(".marked"), page.locator(":focus")
             links = page.locator("[id='06-databases'] p > .to-code")
             first, second = [await links.nth(number).get_attribute("href") for number in (1, 2)]
@@ -3451,10 +3473,10 @@ async def test_reader_desktop():
             await has_no_barriers(page, ["dark"], "{exclude: ['section + section']}")
 
 
-@asynchronous
-async def test_reader_phone():
+@on_pages
+async def test_reader_phone(chromium):
     """The code is a sheet over the text."""
-    async with reader(READER.as_uri(), **PHONE) as page:
+    async with reader(chromium, READER.as_uri(), **PHONE) as page:
         code, links = page.get_by_role("complementary"), page.locator("main .to-code")
         await expect(code).to_be_hidden()
         await links.nth(3).tap()
@@ -3472,10 +3494,10 @@ async def test_reader_phone():
             assert not await page.evaluate("document.documentElement.scrollWidth > innerWidth")
 
 
-@asynchronous
-async def test_reader_without_javascript():
+@on_pages
+async def test_reader_without_javascript(chromium):
     """First the text, then the code."""
-    async with reader(READER.as_uri(), **DESKTOP, java_script_enabled=False) as page:
+    async with reader(chromium, READER.as_uri(), **DESKTOP, java_script_enabled=False) as page:
         parts = await page.locator("article, #files section").all()
         tops = [(await part.bounding_box())["y"] for part in parts]
         assert tops == sorted(tops) and len(set(tops)) == len(parts) > 11

@@ -52,7 +52,7 @@ function withLinks(text) {
 // A name has the same hue everywhere. chat.css makes the colours from it (but no yellow).
 function setName(item, name) {
   let hue = 0;
-  for (const character of name) hue = (hue * 109 + character.codePointAt(0)) % 270;
+  for (const character of name) hue = (hue * 53 + character.codePointAt(0)) % 270;
   item.style.setProperty("--hue", hue);
   item.querySelector(".avatar").textContent = [...name][0].toUpperCase();
   item.querySelector(".name").textContent = name;
@@ -93,8 +93,7 @@ function toBottom() {
 
 function onScroll() {
   if (log.scrollTop > -NEAR) $("jump").hidden = true;
-  const isNearTop = log.scrollHeight + log.scrollTop < 2 * log.clientHeight;
-  if (isNearTop && older.className === "") loadOlder();
+  if (log.scrollHeight + log.scrollTop < 2 * log.clientHeight && !older.className) loadOlder();
 }
 
 // `user` is for the server: somebody else may have logged in at this browser since.
@@ -115,8 +114,7 @@ async function loadOlder(event) {
   if (!messages || first !== list.firstElementChild) return; // or toBottom() has removed it
   log.setAttribute("aria-live", "off"); // a screen reader need not read these out
   setTimeout(() => log.removeAttribute("aria-live"), 500);
-  const items = messages.map((message) => attempt(() => fillIn(copyOf("message"), message)) ?? "");
-  list.prepend(...items);
+  list.prepend(...messages.map((each) => attempt(() => fillIn(copyOf("message"), each)) ?? ""));
   [...list.children].slice(0, messages.length + 1).forEach(groupWithPrevious);
   older.hidden = messages.length < pageSize || messages[0].id === 1;
 }
@@ -278,8 +276,7 @@ const handlers = {
   },
 };
 
-// ---- Start
-// Take over a message that the server has rendered.
+// ---- Start, and take over the messages that the server has rendered
 function adopt(item) {
   const time = item.querySelector("time").dateTime;
   const message = { ...item.dataset, user: authorOf(item), time };
@@ -310,8 +307,9 @@ addEventListener("offline", dropConnection);
 document.addEventListener("visibilitychange", reconnect);
 // Ask before the page is closed if the storage could not keep what is not sent yet.
 addEventListener("beforeunload", (event) => {
-  const isLost = load(draftName) !== box.value && (box.value !== "" || outbox.size > 0);
-  if (isLost && !leaving) event.preventDefault();
+  const isKept = ({ key }) => load(outboxName + key) !== null;
+  const allKept = (load(draftName) ?? "") === box.value && [...outbox.values()].every(isKept);
+  if (!allKept && !leaving) event.preventDefault();
 });
 
 // ?before= is for readers without JavaScript. With it, the page shows the newest messages.
