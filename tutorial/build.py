@@ -11,6 +11,7 @@ from html import escape
 from itertools import count
 from pathlib import Path
 from string import Template
+from textwrap import dedent
 from urllib.parse import quote
 
 import pygments
@@ -115,7 +116,7 @@ def block(info: str, source: str) -> str:
     elif language == "sh":
         html = "".join(f"<kbd>{escape(line, quote=False)}\n</kbd>" for line in lines)
     elif language in ("python", "js", "css", "html"):
-        html = "\n".join(highlight(lines, language))
+        html = "\n".join(highlight(dedent(source).splitlines(), language))
     else:
         html = escape(source.rstrip(), quote=False)
     return f'<div class="block {language}"><pre>{html}</pre></div>\n'
