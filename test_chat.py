@@ -3349,6 +3349,13 @@ def test_reader_is_up_to_date(tmp_path):
     assert len(content) <= 400_000
 
 
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
+def test_github_can_publish(text):
+    """GitHub Pages takes Markdown for a template, and `{%` for a tag, if it is not called raw."""
+    rest = re.sub(r"{% raw %}.*?{% endraw %}", "", text.read_text(), flags=re.DOTALL)
+    assert "{%" not in rest and "{{" not in rest
+
+
 DEAD_LINKS = """[...document.querySelectorAll("a[href^='#']")].map((link) => link.hash.slice(1))
   .filter((id) => document.querySelectorAll(`[id="${decodeURIComponent(id)}"]`).length !== 1)"""
 # Follows each link into the code. Tells what is marked, whether it is in view (as much of it as
