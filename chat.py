@@ -671,8 +671,8 @@ def start_local_database() -> str:
     folder = os.open(data_folder(), os.O_RDONLY)
     with explain("another chat uses data/: stop it, or set MONGODB_URI", BlockingIOError):
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # sync_on_commit, as journal=True in connect(): so `kill -9` loses no message that
-    # was acknowledged.
+    # sync_on_commit has the same purpose as journal=True in connect(): `kill -9` must
+    # not lose a message that was acknowledged.
     server = SecantusDBServer(storage_path=str(DATA / "db"), sync_on_commit=True)
     server.start()
     atexit.register(server.stop)

@@ -2,7 +2,7 @@
 
 ``pytest`` runs it all: against real processes of the chat, a database that speaks
 MongoDB's protocol (SecantusDB, or the one that MONGODB_URI names), and a real Chromium.
-``python test_chat.py`` puts the tutorial's line numbers right.
+``python test_chat.py`` puts the tutorial's line numbers right, and builds its page.
 """
 
 import ast
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import http.client
+import http.server
 import importlib.resources
 import json
 import os
@@ -2415,12 +2416,12 @@ async def becomes_true(page, expression, seconds=PATIENCE):
         await asyncio.sleep(0.05)
 
 
-async def has_no_barriers(page):
+async def has_no_barriers(page, schemes=("light", "dark"), part="document"):
     """axe-core finds nothing, in light and in dark."""
-    for scheme in ("light", "dark"):
+    for scheme in schemes:
         await page.emulate_media(color_scheme=scheme)
         await page.evaluate(AXE)
-        found = await page.evaluate("axe.run().then(result => result.violations)")
+        found = await page.evaluate(f"axe.run({part}).then(result => result.violations)")
         assert [(each["id"], each["nodes"][0]["html"]) for each in found] == [], scheme
 
 
@@ -3303,5 +3304,220 @@ async def test_who_writes_and_what(chat):
         assert "<img" not in page and "&lt;img src=x" in page
 
 
+# ---------------------------------------------------------------------------
+# The tutorial in one window
+# ---------------------------------------------------------------------------
+
+READER = HERE / "tutorial" / "index.html"
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "reduced_motion": "reduce"}
+DESKTOP = {"viewport": {"width": 1440, "height": 900}, "reduced_motion": "reduce"}
+
+
+def build_reader(folder=HERE):
+    subprocess.run([sys.executable, folder / "tutorial" / "build.py"], check=True)
+
+
+@contextlib.contextmanager
+def web_server():
+    """Any web server: it knows nothing of the page. The URL of the page."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=HERE / "tutorial")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@contextlib.asynccontextmanager
+async def reader(it, url, **options):
+    """The page. It must not complain about anything, nor ask for anything but itself."""
+    context = await it.new_context(**options)
+    page = await context.new_page()
+    complaints = []
+    context.on("weberror", lambda error: complaints.append(str(error.error)))
+    context.on("console", lambda line: complaints.append(line.text))
+    context.on("request", lambda each: each.url == url or complaints.append(each.url))
+    await page.goto(url)
+    yield page
+    assert complaints == []
+    await context.close()
+
+
+def test_reader_is_up_to_date(tmp_path):
+    copy_house(tmp_path)
+    shutil.copytree(HERE / "tutorial", tmp_path / "tutorial", dirs_exist_ok=True)
+    build_reader(tmp_path)
+    content = (tmp_path / "tutorial" / "index.html").read_bytes()
+    assert content == READER.read_bytes(), "python test_chat.py"
+    assert len(content) <= 400_000
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
+def test_github_can_publish(text):
+    """GitHub Pages takes Markdown for a template, and `{%` for a tag, if it is not called raw."""
+    rest = re.sub(r"{% raw %}.*?{% endraw %}", "", text.read_text(), flags=re.DOTALL)
+    assert "{%" not in rest and "{{" not in rest
+
+
+DEAD_LINKS = """[...document.querySelectorAll("a[href^='#']")].map((link) => link.hash.slice(1))
+  .filter((id) => document.querySelectorAll(`[id="${decodeURIComponent(id)}"]`).length !== 1)"""
+# Follows each link into the code. Tells what is marked, whether it is in view (as much of it as
+# there is room for, and nothing covers its first line), and whether the focus has gone along.
+FOLLOW_ALL = """[...document.querySelectorAll("main a.to-code")].map((link) => {
+  link.click();
+  const marked = document.querySelectorAll(".marked"), lines = marked[0];
+  const box = lines.getBoundingClientRect();
+  const view = document.getElementById("files").getBoundingClientRect();
+  const seen = Math.min(box.bottom, view.bottom) - box.top;
+  const top = document.elementFromPoint(view.left + 80, box.top + 5);
+  return {
+    target: link.hash.slice(1),
+    text: lines.textContent,
+    good: marked.length === 1 && lines.contains(top) && seen >= Math.min(box.height, view.height / 2)
+      && document.activeElement === lines && link.ariaCurrent === "true",
+  };
+})"""
+
+
+@on_pages
+@pytest.mark.parametrize("options", [DESKTOP, PHONE], ids=["file, desktop", "http, phone"])
+async def test_reader_links(chromium, options):
+    """Each link brings its very lines into view. And the code can be copied as it is."""
+    with web_server() as url:
+        async with reader(
+            chromium, READER.as_uri() if options is DESKTOP else url, **options
+        ) as page:
+            assert await page.evaluate(DEAD_LINKS) == []
+            links = await page.evaluate(FOLLOW_ALL)
+            assert [link["target"] for link in links if not link["good"]] == []
+            for link in links:
+                name, _, fragment = link["target"].partition(":")
+                if numbers := [int(number) for number in re.findall(r"\d+", fragment)]:
+                    lines = (HERE / name).read_text().splitlines(keepends=True)
+                    assert link["text"] == "".join(lines[numbers[0] - 1 : numbers[-1]]), link
+            wanted = {
+                f"{path.relative_to(HERE)}:{fragment}"
+                for text in TEXTS[1:]
+                for _, _, path, fragment in line_links(text)
+                if path.name != "test_chat.py"
+            }
+            assert wanted <= {link["target"] for link in links}
+            for name in ("chat.py", "static/chat.js"):
+                copied = await page.evaluate(
+                    """(name) => {
+                      getSelection().selectAllChildren(document.getElementById(name).lastChild);
+                      return getSelection().toString();
+                    }""",
+                    name,
+                )
+                assert copied.rstrip() == (HERE / name).read_text().rstrip()
+
+
+@on_pages
+async def test_reader_desktop(chromium):
+    """Keyboard, history, memory: the text leads the code, and the code leads back."""
+    with web_server() as url:
+        async with reader(chromium, url, **DESKTOP) as page:
+            marked, focused = page.locator(".marked"), page.locator(":focus")
+            links = page.locator("[id='06-databases'] p > .to-code")
+            first, second = [await links.nth(number).get_attribute("href") for number in (1, 2)]
+            await links.nth(1).focus()
+            await page.keyboard.press("Enter")
+            await expect(focused).to_have_id(first[1:])
+            await links.nth(2).click()
+            await expect(marked).to_have_id(second[1:])
+            # Back and forward, from one place in the code to another.
+            await page.go_back()
+            await expect(marked).to_have_id(first[1:])
+            await expect(marked).to_be_in_viewport()
+            await expect(page).to_have_url(url + first)
+            await page.go_forward()
+            await expect(marked).to_have_id(second[1:])
+            await expect(focused).to_have_id(second[1:])
+            # Escape leads to the link, and a link in the code to every place that explains it.
+            await page.keyboard.press("Escape")
+            await expect(links.nth(2)).to_be_focused()
+            back = marked.locator("> .back").first
+            explained = (await back.get_attribute("href"))[1:]
+            await back.click()
+            await expect(focused).to_have_id(explained)
+            await expect(focused).to_be_in_viewport()
+            assert await focused.get_attribute("href") == second
+            # The two tables of contents. The history knows where the text was.
+            text = "document.querySelector('main').scrollTop"
+            before = await page.evaluate(text)
+            for menu, title in (("Contents of the code", "8."), ("Chapters", "7.")):
+                await page.get_by_role("button", name=menu).click()
+                await page.get_by_role("navigation", name=menu).get_by_text(title).click()
+                await expect(page.get_by_role("button", name=menu)).to_contain_text(title)
+            await expect(page.locator("article[id^='07']")).to_be_focused()
+            await expect(marked).to_contain_text("# 7.")  # the code has come along
+            await page.go_back()
+            await becomes_true(page, f"{text} === {before}")
+            await expect(marked).to_contain_text("# 8.")
+            await page.go_forward()
+            await expect(page.locator("article[id^='07'] h1")).to_be_in_viewport()
+            # When the text is scrolled, the code follows. Its end is read, and that is remembered.
+            await page.mouse.move(300, 500)
+            await page.mouse.wheel(0, 900)
+            await expect(marked).not_to_contain_text("# 7.")
+            await expect(marked).to_be_in_viewport()
+            await page.locator("article[id^='07']").evaluate("each => each.scrollIntoView(false)")
+            await expect(page.locator("nav a.read")).to_contain_text("7.")
+            await page.get_by_role("separator").press("ArrowLeft")
+            width = await page.get_by_role("separator").get_attribute("aria-valuenow")
+            await becomes_true(page, f"history.state.text === {text}")
+            before = await page.evaluate(text)
+            id = await marked.get_attribute("id")
+            await page.reload()
+            await expect(marked).to_have_id(id)
+            await expect(page.locator("nav a.read")).to_have_count(1)
+            assert await page.evaluate(text) == before
+            await expect(page.get_by_role("separator")).to_have_attribute("aria-valuenow", width)
+            # Commands can be copied.
+            await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+            block = page.locator(".block.sh").first
+            await block.get_by_role("button").click()
+            copied = await page.evaluate("navigator.clipboard.readText()")
+            assert copied == await block.locator("pre").text_content()
+            await has_no_barriers(page, ["dark"], "{exclude: ['section + section']}")
+
+
+@on_pages
+async def test_reader_phone(chromium):
+    """The code is a sheet over the text."""
+    async with reader(chromium, READER.as_uri(), **PHONE) as page:
+        code, links = page.get_by_role("complementary"), page.locator("main .to-code")
+        await expect(code).to_be_hidden()
+        await links.nth(3).tap()
+        await expect(page.locator(".marked")).to_be_in_viewport()
+        await has_no_barriers(page, ["light"], "{exclude: ['pre', 'article:nth-of-type(n+4)']}")
+        await page.keyboard.press("Escape")
+        await expect(code).to_be_hidden()
+        await expect(links.nth(3)).to_be_focused()
+        await page.get_by_role("button", name="Code").tap()
+        await expect(page.locator(".marked")).to_be_in_viewport()
+        await page.go_back()
+        await expect(code).to_be_hidden()
+        for width in (390, 320):
+            await page.set_viewport_size({"width": width, "height": 600})
+            assert not await page.evaluate("document.documentElement.scrollWidth > innerWidth")
+
+
+@on_pages
+async def test_reader_without_javascript(chromium):
+    """First the text, then the code."""
+    async with reader(chromium, READER.as_uri(), **DESKTOP, java_script_enabled=False) as page:
+        parts = await page.locator("article, #files section").all()
+        tops = [(await part.bounding_box())["y"] for part in parts]
+        assert tops == sorted(tops) and len(set(tops)) == len(parts) > 11
+        link = page.locator("main .to-code").nth(3)
+        await link.click()
+        target = page.locator(f"[id='{(await link.get_attribute('href'))[1:]}']")
+        await expect(target).to_be_in_viewport()
+        await page.go_back()
+        await expect(link).to_be_in_viewport()
+
+
 if __name__ == "__main__":
     put_right()
+    build_reader()
