@@ -1,7 +1,7 @@
 """Every promise of the chat, checked from outside, and the tutorial against the code.
 
 ``pytest`` runs it all: against real processes of the chat, a database that speaks
-MongoDB's protocol (SecantusDB, or the one that MONGODB_URI names), and a real Chromium.
+MongoDB's protocol (SecantusDB, or the one that MONGODB_URI names), and real browsers.
 ``python test_chat.py`` puts the tutorial's line numbers right.
 """
 
@@ -2759,6 +2759,7 @@ async def test_page_and_a_message_that_could_not_be_stored(tmp_path, chromium):
             refused = page.locator("#unsent .failed .state")
             await expect(refused).to_have_count(2, timeout=12000)
             await expect(refused.first).to_contain_text("could not be")
+            await has_no_barriers(page)
             mongo.start()
             # They are not sent again by themselves, not even when the page connects anew.
             for _ in range(60):  # until the chat has noticed that the database is back
