@@ -2985,28 +2985,40 @@ async def test_page_without_javascript_and_its_weight(mongo, chromium):
 # ---------------------------------------------------------------------------
 # The tutorial against the code
 # ---------------------------------------------------------------------------
-# A link into a file with lines has the form  [`name`](../chat.py#L1-L9)  and may be followed
-# by an excerpt of that definition; in other files the name is what the line contains. In a
-# `diff`, what stays and what goes must be there. `console` blocks are run.
+# A link into a file with lines has the form  [`name`](../chat.py#L1)  and may be followed
+# by an excerpt of that definition (a `python` or `js` block); in other files the name is what
+# the line contains. An `sh` block has commands, and the `text` block right after it what they
+# print. An exercise stands in <details>: its `diff` blocks are applied to a copy of the chat,
+# and its commands run there. In the commands, 8080 is the chat's port, and 8000 naive.py's.
 
 CHAPTERS = sorted((HERE / "tutorial").glob("[0-9]*.md"))
 TEXTS = [HERE / "README.md", HERE / "tutorial" / "README.md", *CHAPTERS]
-LINK = re.compile(r"(?<!!)\[([^\]\n]*)\]\(([^)\s]+)\)")
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TEXTS.append(HERE / "tutorial" / "how-it-is-tested.md")
+LINK = re.compile(r"!?\[([^\]\n]*)\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```([\w -]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+each_text = pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
 
 
-def definitions():
-    """The first and last line of each definition in chat.py, by its name."""
+@functools.cache
+def definitions(path):
+    """The first and last line of each definition in a Python or JavaScript file, by its name."""
+    source = path.read_text()
     found = {}
-    tree = ast.parse((HERE / "chat.py").read_text())
+    if path.suffix != ".py":
+        pattern = r"^( *)(?:async )?function (\w+).*?^\1}$"
+        for match in re.finditer(pattern, source, re.MULTILINE | re.DOTALL):
+            first = source.count("\n", 0, match.start()) + 1
+            found[match[2]] = first, first + match[0].count("\n")
+        return found
+    tree = ast.parse(source)
     for parent in (tree, *(each for each in tree.body if isinstance(each, ast.ClassDef))):
         prefix = f"{parent.name}." if parent is not tree else ""
         for each in parent.body:
             if isinstance(each, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 first = min([each.lineno, *(one.lineno for one in each.decorator_list)])
                 found[prefix + each.name] = first, each.end_lineno
-            elif isinstance(each, ast.Assign) and not prefix:
-                for target in each.targets:
+            elif isinstance(each, (ast.Assign, ast.AnnAssign)) and not prefix:
+                for target in getattr(each, "targets", None) or [each.target]:
                     for name in ast.walk(target):
                         if isinstance(name, ast.Name):
                             found[name.id] = each.lineno, each.end_lineno
@@ -3015,8 +3027,8 @@ def definitions():
 
 def place(path, name):
     """The fragment that a link to a name in a file must have."""
-    if path.name == "chat.py":
-        first, last = definitions()[name]
+    if name in definitions(path):
+        first, last = definitions(path)[name]
         return f"L{first}-L{last}" if last > first else f"L{first}"
     lines = path.read_text().splitlines()
     [line] = [number for number, line in enumerate(lines, 1) if name in line]
@@ -3036,7 +3048,7 @@ def put_right():
     for text in TEXTS:
         new = text.read_text()
         for match, name, path, fragment in line_links(text):
-            with contextlib.suppress(KeyError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
                 right = match[0].replace("#" + fragment, "#" + place(path, name.strip("`")))
                 new = new.replace(match[0], right)
         if new != text.read_text():
@@ -3044,7 +3056,7 @@ def put_right():
             print(f"{text.relative_to(HERE)}: line numbers put right")
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
+@each_text
 def test_line_links(text):
     for _, name, path, fragment in line_links(text):
         assert re.fullmatch("`[^`]+`", name), f"{name}: a link with lines is named `so`"
@@ -3052,34 +3064,32 @@ def test_line_links(text):
 
 
 def test_every_definition_is_explained():
-    linked = {name.strip("`") for text in CHAPTERS for _, name, _, _ in line_links(text)}
-    hidden = {name for name in definitions() if name.endswith("__")}
-    assert definitions().keys() - hidden - linked == set()
+    chat = HERE / "chat.py"
+    links = [link for text in CHAPTERS for link in line_links(text)]
+    linked = {name.strip("`") for _, name, path, _ in links if path == chat}
+    hidden = {name for name in definitions(chat) if name.endswith("__")}
+    assert definitions(chat).keys() - hidden - linked == set()
 
 
-def is_excerpt(block, lines):
-    """Whether a block stands in these lines; `...` alone in a line is for what is left out."""
-    pattern = "".join(
-        r"(?:.*\n)*?" if line.strip() == "..." else re.escape(line) + r"\n" for line in block
+def pattern(lines):
+    """A regular expression for lines; `...` is for what is left out, lines or a part of one."""
+    return "".join(
+        r"(?:.*\n)*?" if line.strip() == "..." else re.escape(line).replace(r"\.\.\.", ".*") + r"\n"
+        for line in lines
     )
-    return re.search(r"(?:^|\n)" + pattern, "\n".join(lines) + "\n") is not None
 
 
 @pytest.mark.parametrize("text", CHAPTERS, ids=lambda text: text.name)
 def test_excerpts(text):
-    content, source = text.read_text(), (HERE / "chat.py").read_text().splitlines()
-    for fence in FENCE.finditer(content):
-        block = fence[2].splitlines()
-        if fence[1] == "python":
+    for fence in FENCE.finditer(text.read_text()):
+        if fence[1] in ("python", "js"):
+            suffix = {"python": ".py", "js": ".js"}[fence[1]]
             before = [each for each in line_links(text) if each[0].end() < fence.start()]
-            name = [each[1] for each in before if each[2].name == "chat.py"][-1]
-            first, last = definitions()[name.strip("`")]
-            assert is_excerpt(block, source[first - 1 : last]), f"{name}: {fence[2]}"
-        elif fence[1] == "diff":
-            stays = [line[1:] for line in block if line[:1] in (" ", "-")]
-            path = HERE / (block[0][4:] if block[0].startswith("--- ") else "chat.py")
-            stays = stays[1:] if block[0].startswith("--- ") else stays
-            assert all(line in path.read_text().splitlines() for line in stays), fence[2]
+            _, name, path, _ = [each for each in before if each[2].suffix == suffix][-1]
+            first, last = definitions(path)[name.strip("`")]
+            lines = "\n".join(path.read_text().splitlines()[first - 1 : last])
+            excerpt = re.compile("^" + pattern(fence[2].splitlines()), re.MULTILINE)
+            assert excerpt.search(lines + "\n"), f"{name}: {fence[2]}"
 
 
 def test_chapters_are_the_sections():
@@ -3090,7 +3100,14 @@ def test_chapters_are_the_sections():
     assert [int(number) for number, _ in sections] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
+def anchors(markdown):
+    """The sections of a text, by their anchors."""
+    _, *parts = re.split(r"^#+ (.*)$", FENCE.sub("", markdown), flags=re.MULTILINE)
+    names = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in parts[::2]]
+    return dict(zip(names, parts[1::2], strict=True))
+
+
+@each_text
 def test_no_dead_links(text):
     for match in LINK.finditer(FENCE.sub("", text.read_text())):
         target, _, fragment = match[2].partition("#")
@@ -3099,51 +3116,190 @@ def test_no_dead_links(text):
         path = (text.parent / target).resolve() if target else text
         assert path.exists(), match[0]
         if fragment and not re.match(r"L\d", fragment):
-            heads = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
-            anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
-            assert fragment in anchors, match[0]
+            assert fragment in anchors(path.read_text()), match[0]
 
 
-def commands(text):
-    """The commands of a chapter's `console` blocks, each with the output that it shows."""
-    for fence in FENCE.finditer(text.read_text()):
-        if fence[1] == "console":
-            for part in re.split(r"^\$ ", fence[2], flags=re.MULTILINE)[1:]:
-                command, *shown = part.splitlines()
-                while shown and shown[0].startswith(">"):
-                    command += "\n" + shown.pop(0)[2:]
-                yield command, shown
+def prose(markdown):
+    """What a reader reads as sentences: no code, no headings, no links to what comes later."""
+    markdown = re.sub(r"`[^`\n]*`", "", FENCE.sub("", markdown))
+    kept = re.sub(
+        r"^(#|\*\*The question|Next:|←|\[The tutorial\]).*\n", "", markdown, flags=re.MULTILINE
+    )
+    return LINK.sub(r"\1", kept)
 
 
-def run_commands(text, house):
-    """Run a chapter's commands, one after the other, against a chat of its own."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+def test_terms():
+    """The terms at the end of tutorial/README.md first appear, in bold, where the table says."""
+    how_to_read, *chapters = TEXTS[1:]
+    intro, _, table = how_to_read.read_text().partition("## Terms")
+    earlier = re.sub(r"^\|.*\n", "", prose(intro), flags=re.MULTILINE)
+    rows = re.findall(r"^\| \*\*(.+?)\*\* \|.*\]\((\d[^)#]+)#?(.*?)\) \|$", table, re.MULTILINE)
+    assert len(rows) > 20
+    texts = {text.name: text.read_text() for text in chapters}
+    for term, name, anchor in rows:
+        word = rf"(?<![\w-]){re.escape(term)}(s|es)?\b"
+        before = earlier + "".join(prose(texts[each]) for each in sorted(texts) if each < name)
+        assert not re.search(word, before, re.IGNORECASE), f"{term}: used before {name}"
+        first = re.search(rf"(\*\*)?{word}(\*\*)?", prose(texts[name]), re.IGNORECASE)
+        assert first and first[0].startswith("**") and first[0].endswith("**"), f"{term}: {first}"
+        assert not anchor or f"**{first[0].strip('*')}**" in anchors(texts[name])[anchor], term
+
+
+def commands(markdown):
+    """The `sh` blocks of a text: the kind, the commands, and what they print."""
+    fences = list(FENCE.finditer(markdown))
+    for fence, after in zip(fences, [*fences[1:], None], strict=True):
+        if fence[1].startswith("sh"):
+            is_output = (
+                after and after[1] == "text" and not markdown[fence.end() : after.start()].strip()
+            )
+            yield fence[1], fence[2], after[2] if is_output else ""
+
+
+@each_text
+def test_commands_can_be_pasted(text):
+    """In zsh, too, where a # begins no comment, and an exclamation mark recalls a command."""
+    for _, block, _ in commands(text.read_text()):
+        assert not re.search(r"(^|\s)#|(?<!\$)!|^[$>] ", block, re.MULTILINE), block
+        for shell in filter(shutil.which, ("bash", "zsh")):
+            subprocess.run([shell, "-n", "-c", block], check=True)
+
+
+def run_commands(blocks, house):
+    """Run `sh` blocks beside a chat (and naive.py): do they print what is shown?"""
     own_environment = {name: os.environ[name] for name in os.environ.keys() - SETTINGS}
-    with Chat(house) as chat:
-        for command, shown in commands(text):
-            result = subprocess.run(
-                command.replace("http://127.0.0.1:8080", chat.url),
-                shell=True,
-                check=False,
-                cwd=house,
-                env=own_environment | {"PATH": path, "DB": chat.database},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=30,
-            )
-            output = result.stdout.replace(chat.url, "http://127.0.0.1:8080").replace("\r", "")
-            pattern = "\n".join(
-                "(?:.*\n?)*?" if line == "..." else re.escape(line).replace(r"\.\.\.", ".*")
-                for line in shown
-            )
-            assert re.fullmatch(pattern, output.rstrip()), f"$ {command}\n{output}"
+    own_environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    naive = Chat(house, [sys.executable, "tutorial/naive.py", "0"])
+    output = house / "output"
+    with contextlib.ExitStack() as stack, Chat(house) as chat:
+        own_environment |= {"DB": chat.database, "PORT": chat.env["PORT"]}
+        ports = {"8080": chat.env["PORT"]}
+        if any("8000" in block for _, block, _ in blocks):
+            stack.callback(naive.start().kill)  # it may leave tracebacks
+            ports["8000"] = naive.env["PORT"]
+        for kind, block, shown in blocks:
+            if kind != "sh":
+                continue  # this one is for people: it goes on running, for example
+            command = re.sub(r"\b80[08]0\b", lambda port: ports[port[0]], block)
+            with output.open("w") as file:
+                process = subprocess.Popen(
+                    ["bash", "-c", command],
+                    cwd=house,
+                    env=own_environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                stack.callback(end_group, process)
+                process.wait(PATIENCE)
+            printed = "".join(f"{line.rstrip()}\n" for line in output.read_text().splitlines())
+            for told, real in ports.items():
+                printed = printed.replace(real, told)
+            same = re.fullmatch(pattern(shown.splitlines()), printed)
+            assert same, f"{block}\n{printed}"
 
 
+def end_group(process):
+    """End what a command has left running."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def apply_diffs(markdown, house):
+    """Apply `diff` blocks. What stays and what goes must stand exactly once in the file."""
+    for fence in FENCE.finditer(markdown):
+        if fence[1] == "diff":
+            lines = fence[2].splitlines(keepends=True)
+            head = lines.pop(0)[4:].strip() if lines[0].startswith("--- ") else "chat.py"
+            old = "".join(line[1:] or "\n" for line in lines if line[0] != "+")
+            new = "".join(line[1:] or "\n" for line in lines if line[0] != "-")
+            source = "\n" + (house / head).read_text()
+            assert source.count("\n" + old) == 1, f"{head}:\n{old}"
+            (house / head).write_text(source.replace("\n" + old, "\n" + new)[1:])
+
+
+def run_part(text, part, house):
+    """Run the commands of a chapter; or apply its exercise, and run those of the exercise."""
+    (house / "tutorial").mkdir()
+    for script in (HERE / "tutorial").glob("*.py"):
+        shutil.copy(script, house / "tutorial")
+    pieces = re.split(r"</?details>", text.read_text())
+    markdown = "".join(pieces[1::2] if part == "exercise" else pieces[::2])
+    apply_diffs(markdown, house)
+    blocks = list(commands(markdown))
+    assert blocks or part == "chapter", "an exercise has a command that shows its effect"
+    run_commands(blocks, house)
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """All parts of the chosen chapters, which run at the same time, each with a chat of its own."""
+    chosen = [item for item in request.session.items if "runs" in item.fixturenames]
+    keys = [(item.callspec.params["text"], item.callspec.params["part"]) for item in chosen]
+    with ThreadPoolExecutor(4) as pool:
+        houses = {key: copy_house(tmp_path_factory.mktemp("house")) for key in keys}
+        yield {key: pool.submit(run_part, *key, houses[key]) for key in keys}
+
+
+@pytest.mark.parametrize("part", ["chapter", "exercise"])
 @pytest.mark.parametrize("text", CHAPTERS, ids=lambda text: text.name)
-def test_commands(house, text):
-    """What a chapter's commands print is what it shows."""
-    run_commands(text, house)
+def test_commands(runs, text, part):
+    """What a chapter's commands print is what it shows; and so it is after its exercise."""
+    runs[text, part].result()
+
+
+SCRIPT = "<img src=x onerror=alert(1)>"
+
+
+@on_pages
+async def test_flaws_of_the_naive_chat(chromium):
+    """The flaws of naive.py that no command of chapter 1 shows."""
+    naive = Chat(command=[sys.executable, "tutorial/naive.py", "0"])
+    other = Chat(command=naive.command)
+    async with naive, other:
+        ann, ben, cleo = [await chromium.new_page() for _ in range(3)]
+        boxes = []
+        for page, url in ((ann, naive.url), (ben, naive.url), (cleo, other.url)):
+            page.on("dialog", lambda box: (boxes.append(box.message), box.dismiss())[1])
+            await page.goto(url)
+
+        async def write(page, user, text):
+            await page.locator("#user").fill(user)
+            await page.locator("#text").fill(text)
+            await page.get_by_role("button").click()
+            await expect(page.locator("#text")).to_have_value("")  # as if it had been sent
+
+        await write(ann, "Ben", "It is me, Ben.")  # nobody knows who writes
+        await expect(ben.locator("p")).to_have_text("Ben: It is me, Ben.")
+        await write(ann, "Ann", SCRIPT)  # a script in a message runs
+        async with asyncio.timeout(PATIENCE):
+            while boxes != ["1", "1"]:
+                await asyncio.sleep(0.05)
+        await write(cleo, "Cleo", "Hello?")  # a second process is a second chat
+        await expect(cleo.locator("p")).to_have_text("Cleo: Hello?")
+        await ben.reload()
+        await expect(ben.locator("p")).to_have_count(2)
+        assert await naive.end(signal.SIGINT, PATIENCE) == 0
+        await write(ann, "Ann", "lost")  # a lost connection loses a message
+        naive.command = [*naive.command[:-1], naive.env["PORT"]]
+        await asyncio.to_thread(naive.start)
+        await ben.reload()  # a restart forgets everything
+        await write(ben, "Ben", "Is anybody here?")
+        await expect(ben.locator("p")).to_have_text("Ben: Is anybody here?")
+
+
+@asynchronous
+async def test_who_writes_and_what(chat):
+    """Flaws six and seven of naive.py: chat.py has neither."""
+    async with people(chat, None, None) as (ann, ben):
+        await asyncio.gather(ann.connect("new"), ben.connect("new"))
+        await ann.ws.send_json({"user": ben.login, "text": SCRIPT})
+        await ben.until(lambda: ben.seen)
+        assert [(each["user"], each["text"]) for each in ben.seen] == [(ann.login, SCRIPT)]
+        page = await (await ben.ask("/")).text()
+        assert "<img" not in page and "&lt;img src=x" in page
 
 
 if __name__ == "__main__":
