@@ -1078,8 +1078,8 @@ async def test_a_gap_made_by_hand(mongo):
 @asynchronous
 async def test_static_files(chat):
     """They are kept for a year under an address with the right version, and only there."""
-    async with Person(chat) as person:
-        page = await (await person.ask("/login")).text()
+    async with people(chat, None) as [person]:
+        page = await (await person.ask("/")).text()
         links = re.findall(r'"(/static/[^"]+\?v=[^"]+)"', page)
         assert len(links) == 3
         for link in links:
