@@ -1,7 +1,7 @@
 """Every promise of the chat, checked from outside, and the tutorial against the code.
 
 ``pytest`` runs it all: against real processes of the chat, a database that speaks
-MongoDB's protocol (SecantusDB, or the one that MONGODB_URI names), and a real Chromium.
+MongoDB's protocol (SecantusDB, or the one that MONGODB_URI names), and real browsers.
 ``python test_chat.py`` puts the tutorial's line numbers right, and builds its page.
 """
 
@@ -1079,8 +1079,8 @@ async def test_a_gap_made_by_hand(mongo):
 @asynchronous
 async def test_static_files(chat):
     """They are kept for a year under an address with the right version, and only there."""
-    async with Person(chat) as person:
-        page = await (await person.ask("/login")).text()
+    async with people(chat, None) as [person]:
+        page = await (await person.ask("/")).text()
         links = re.findall(r'"(/static/[^"]+\?v=[^"]+)"', page)
         assert len(links) == 3
         for link in links:
@@ -2762,6 +2762,7 @@ async def test_page_and_a_message_that_could_not_be_stored(tmp_path, chromium):
             refused = page.locator("#unsent .failed .state")
             await expect(refused).to_have_count(2, timeout=12000)
             await expect(refused.first).to_contain_text("could not be")
+            await has_no_barriers(page)
             mongo.start()
             # They are not sent again by themselves, not even when the page connects anew.
             for _ in range(60):  # until the chat has noticed that the database is back
@@ -2820,9 +2821,12 @@ async def test_page_older_messages(mongo, chromium):
             await becomes_true(page, "document.querySelector('.count').textContent === '2'")
             assert await texts(page) == wanted[-50:]
             start = time.monotonic()
-            await becomes_true(
-                page, f"({LOG}.scrollTop = -1e7, document.getElementById('older').hidden)"
-            )
+            await page.evaluate("""async () => {
+                while (!document.getElementById("older").hidden) {
+                    document.getElementById("log").scrollTop = -1e7;
+                    await new Promise(requestAnimationFrame);
+                }
+            }""")
             assert time.monotonic() - start < 10
             assert await texts(page) == wanted
             typing = """[...Array(21)].map((_, number) => {

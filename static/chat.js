@@ -23,7 +23,6 @@ function attempt(action) {
     return action();
   } catch (error) {
     console.error(error);
-    return null;
   }
 }
 
@@ -72,6 +71,7 @@ function groupWithPrevious(item) {
 // ---- Reading. The log scrolls upwards: its scrollTop is 0 at the bottom, and negative above
 // (column-reverse in chat.css). So it stays at the bottom by itself, whatever changes above.
 let newest = 0; // the highest number of a message on the page
+
 function publish(message) {
   confirm(message);
   if (message.id <= newest) return; // it is on the page already
@@ -124,7 +124,6 @@ async function loadOlder(event) {
 const outbox = new Map(); // key -> { key, text, failed, item }
 const outboxName = `unsent ${user} `; // and the key: the name of a message in the storage
 const draftName = `draft ${user}`;
-
 const load = (name) => attempt(() => JSON.parse(localStorage.getItem(name)));
 const save = (name, value) => attempt(() => localStorage.setItem(name, JSON.stringify(value)));
 
@@ -195,6 +194,7 @@ let socket = null;
 let timer; // gives up connecting, or tries again
 let retryDelay = RETRY_MIN;
 let leaving = false; // the session has ended, or is about to
+
 function connect() {
   const query = new URLSearchParams({ after: newest, user }); // we are sent all that is newer
   const opening = new WebSocket(`${location.origin.replace("http", "ws")}/ws?${query}`);
@@ -246,6 +246,7 @@ function goToLogin() {
 // ---- People
 let online = new Set(); // who is connected
 let shown = new Set(); // whom the page shows: also those who left a moment ago
+
 function showOnline(news) {
   $("online").replaceChildren(...[...shown].sort().map((name) => setName(copyOf("person"), name)));
   for (const count of document.querySelectorAll(".count")) count.textContent = shown.size;
@@ -307,11 +308,10 @@ addEventListener("offline", dropConnection);
 document.addEventListener("visibilitychange", reconnect);
 // Ask before the page is closed if the storage could not keep what is not sent yet.
 addEventListener("beforeunload", (event) => {
-  const isKept = ({ key }) => load(outboxName + key) !== null;
+  const isKept = ({ key }) => Boolean(load(outboxName + key));
   const allKept = (load(draftName) ?? "") === box.value && [...outbox.values()].every(isKept);
   if (!allKept && !leaving) event.preventDefault();
 });
-
 // ?before= is for readers without JavaScript. With it, the page shows the newest messages.
 if (location.search) {
   location.replace("/");
