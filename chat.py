@@ -347,7 +347,7 @@ async def handle_text(request: web.Request, connection: "Connection", data: str)
 
 # What an error event tells the sender.
 INVALID_MESSAGE = f"Messages must have 1 to {TEXT_MAX:,} characters, and keys 1 to {KEY_MAX}."
-NOT_STORED = "This message could not be saved. Please try again."
+NOT_STORED = "This message may not have been saved. Please try again."
 
 
 def is_valid_text(value: Any) -> bool:
@@ -1090,8 +1090,8 @@ async def keep_running(room: Room, step: Callable[[], Awaitable[None]]) -> None:
     while True:
         try:
             await step()
-        # Cancelling, at the end, raises CancelledError. That is no Exception, so it
-        # passes through here and ends the loop.
+        # Cancelling, at the end, raises CancelledError. It is not a subclass of
+        # Exception, so it passes through here and ends the loop.
         except Exception as error:
             is_bug = not isinstance(error, (PyMongoError, TimeoutError))
             log.warning("%s will be retried: %s", step.__name__, describe(error), exc_info=is_bug)

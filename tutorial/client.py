@@ -42,10 +42,22 @@ async def next_texts(ws):
     return texts
 
 
-def database():
-    """The database of the chat, at the URI that `export DB=...` has set."""
+def database_uri():
+    """The URI of the chat's database, which `export DB=...` has set."""
     if "DB" not in os.environ:
         sys.exit(
-            "First say: export DB=... with the URI of the database, which the chat has printed"
+            "First say: export DB=... with the URL of the database, as the chat has printed it"
         )
-    return pymongo.MongoClient(os.environ["DB"]).get_default_database("chat")
+    return os.environ["DB"]
+
+
+def database():
+    """The chat's database."""
+    mongo = pymongo.MongoClient(database_uri(), serverSelectionTimeoutMS=3000)
+    try:
+        mongo.admin.command("ping")
+    except pymongo.errors.PyMongoError:
+        sys.exit(
+            f"No database at {database_uri()}. Say export DB=... with the URL of the running one"
+        )
+    return mongo.get_default_database("chat")

@@ -9,7 +9,7 @@ import client
 
 
 async def main():
-    settings = {"PORT": "0", "MONGODB_URI": os.environ["DB"]}
+    settings = {"PORT": "0", "MONGODB_URI": client.database_uri()}
     chat = await asyncio.create_subprocess_exec(
         sys.executable, "chat.py", env=os.environ | settings, stdout=asyncio.subprocess.PIPE
     )
