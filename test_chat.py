@@ -3441,12 +3441,17 @@ async def test_reader_desktop(chromium):
             # Escape leads to the link, and a link in the code to every place that explains it.
             await page.keyboard.press("Escape")
             await expect(links.nth(2)).to_be_focused()
-            back = marked.locator("> .back").first
+            # That marks its own lines, and does not move the code.
+            back, code = page.locator(f"[id='{first[1:]}'] .back").last, "pane.scrollTop"
             explained = (await back.get_attribute("href"))[1:]
+            await back.scroll_into_view_if_needed()
+            before = await page.evaluate(code)
             await back.click()
             await expect(focused).to_have_id(explained)
             await expect(focused).to_be_in_viewport()
-            assert await focused.get_attribute("href") == second
+            assert await focused.get_attribute("href") == first
+            await expect(marked).to_have_id(first[1:])
+            assert await page.evaluate(code) == before
             # The two tables of contents. The history knows where the text was.
             text = "document.querySelector('main').scrollTop"
             before = await page.evaluate(text)
@@ -3468,6 +3473,22 @@ async def test_reader_desktop(chromium):
             await expect(marked).to_be_in_viewport()
             await page.locator("article[id^='07']").evaluate("each => each.scrollIntoView(false)")
             await expect(page.locator("nav a.read")).to_contain_text("7.")
+            await expect(marked).to_have_count(0)  # its last sections explain no code
+            # Lines that were chosen stay marked when the text moves a bit.
+            chosen = (await links.nth(6).get_attribute("href"))[1:]
+            await links.nth(6).click()
+            await becomes_true(page, f"history.state.text === {text}")
+            before = await page.evaluate(text)
+            await page.mouse.wheel(0, 20)
+            await becomes_true(page, f"{text} === {before} + 20 && history.state.text === {text}")
+            await expect(marked).to_have_id(chosen)
+            # A narrow window shows the same paragraph, and so does the wide one after it.
+            heading = await page.evaluate("localStorage['tutorial-heading']")
+            for width in (820, 1440):
+                await page.set_viewport_size({"width": width, "height": 900})
+                await expect(links.nth(6)).to_be_in_viewport()
+                await becomes_true(page, "history.state.text === scroller().scrollTop")
+                assert await page.evaluate("localStorage['tutorial-heading']") == heading
             await page.get_by_role("separator").press("ArrowLeft")
             width = await page.get_by_role("separator").get_attribute("aria-valuenow")
             await becomes_true(page, f"history.state.text === {text}")

@@ -29,9 +29,9 @@ CHAPTERS = [README, *sorted(path for path in HERE.glob("*.md") if path != README
 SOURCES = [CHAT, *ROOT.glob("static/chat.*"), *ROOT.glob("templates/*"), *HERE.glob("*.py")]
 LANGUAGES = {".py": "python", ".js": "javascript", ".css": "css", ".html": "html+jinja"}
 
-# For each file: the fragments that name its lines (L12-L34) and, for each of them, links back to
-# the text. The order is that in which the text mentions the files, but chat.py comes first.
-Files = dict[Path, dict[str, list[str]]]
+# For each file: the fragments that name its lines (L12-L34) and, for each of them, one link back
+# to each chapter that mentions them. The files come in the order of the text, but chat.py first.
+Files = dict[Path, dict[str, dict[str, str]]]
 
 references = count(1)  # the numbers of the links into the code
 
@@ -86,8 +86,9 @@ class Chapter:
             token.attrs["id"] = f"ref-{next(references)}"
             # The way back. The style sheet makes it show the number of the chapter.
             title, number = escape(self.headings[-1][1]), self.headings[0][1].partition(".")[0]
-            self.files[path][fragment].append(
-                f'<a class="back" href="#{token.attrs["id"]}" title="{title}" data-in="{number}"></a>'
+            self.files[path][fragment].setdefault(
+                number,
+                f'<a class="back" href="#{token.attrs["id"]}" title="{title}" data-in="{number}"></a>',
             )
 
 
@@ -143,21 +144,22 @@ def diff(lines: list[str]) -> Iterator[str]:
         yield f"<{tag}>{html}\n</{tag}>"
 
 
-def section(path: Path, links: dict[str, list[str]]) -> str:
+def section(path: Path, links: dict[str, dict[str, str]]) -> str:
     """A file as HTML. Lines that the text explains become an element, with links back to it."""
     lines = highlight(path.read_text().splitlines(), LANGUAGES[path.suffix])
-    to_file = "".join(links.pop("", []))
+    to_file = "".join(links.pop("", {}).values())
     extents = {each: [int(number) for number in re.findall(r"\d+", each)] for each in links}
-    begins, ends = defaultdict(str), defaultdict(str)
+    begins, backs, ends = defaultdict(str), defaultdict(str), defaultdict(str)
     # Elements are nested: of those that begin in the same line, the longest must come first.
     for part in sorted(links, key=lambda part: -extents[part][-1]):
         first, last = extents[part][0], extents[part][-1]
         begins[first] += f'<span class="lines" id="{anchor(path, part)}">'
-        lines[first - 1] += "".join(links[part])
+        backs[first] += "".join(links[part].values())
         ends[last] += "</span>"
-    # Each <i> shows the number of its line: the style sheet counts them.
+    # Each <i> is the margin of a line. It shows the number: the style sheet counts them.
     html = "".join(
-        f"{begins[number]}<i></i>{line}\n{ends[number]}" for number, line in enumerate(lines, 1)
+        f"{begins[number]}<i>{backs[number]}</i>{line}\n{ends[number]}"
+        for number, line in enumerate(lines, 1)
     )
     name = anchor(path)
     return f'<section id="{name}"><h2>{name}{to_file}</h2><pre>{html}</pre></section>\n'
@@ -170,7 +172,7 @@ def entry(id: str, title: str, parts: Iterable[tuple[str, str]] = ()) -> str:
 
 
 def main() -> None:
-    files: Files = defaultdict(lambda: defaultdict(list), {CHAT: defaultdict(list)})
+    files: Files = defaultdict(lambda: defaultdict(dict), {CHAT: defaultdict(dict)})
     chapters = [Chapter(path, files) for path in CHAPTERS]
     parts = [(anchor(CHAT, each.banner), each.headings[0][1]) for each in chapters if each.banner]
     parts += [(anchor(path), anchor(path)) for path in files if path != CHAT]

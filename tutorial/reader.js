@@ -8,7 +8,9 @@ const targetOf = (link) => document.getElementById(decodeURIComponent(link.hash.
 const main = $("main"), pane = $("#files"), divider = $("#divider");
 const chapters = all("article");
 const headings = all("article, article :is(h2, h3)[id]");
-const linksToLines = all("main .to-code[id]");
+// Scrolling shows functions and classes. Constants stand far away, at the top of the file.
+const isConstant = (lines) => /^\w+(: .+)? = /.test(lines.textContent);
+const followed = all("main .to-code").filter((link) => !isConstant(targetOf(link)));
 const wide = matchMedia("(min-width: 64rem)");
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -16,6 +18,8 @@ let marked; // lines of the code
 let opener; // the link that led to them: Escape goes back to it
 // The code follows the text only while the reader scrolls, and not after a jump.
 let following = true;
+let held, heldAbove; // the link of the last jump, and whether it was above the eyes
+let paragraph, paragraphTop; // where the eyes were, and where that was in the window
 
 // The storage may be forbidden. Then the page forgets, and that is all.
 function remember(key, value) {
@@ -39,6 +43,10 @@ function mark(lines) {
   marked?.classList.remove("marked");
   lines?.classList.add("marked");
   marked = lines;
+  // Of a class, only the head has a colour. Otherwise, it would fill the window.
+  const head = lines?.textContent.match(/^(@.*\n)*class .*\n +"""[^]*?"""\n/);
+  if (head) lines.style.setProperty("--head", `${head[0].split("\n").length - 1}lh`);
+  if (lines) onCodeScroll();
   for (const link of all("main .to-code")) {
     if (lines && targetOf(link) === lines) link.setAttribute("aria-current", "true");
     else link.removeAttribute("aria-current");
@@ -80,6 +88,19 @@ function go(target) {
   focus(target);
 }
 
+// Lines that were chosen stay marked until their link has crossed the line of the eyes, or left.
+function hold(link) {
+  held = link;
+  heldAbove = link && isAbove(link, eyes());
+}
+
+function isHeld() {
+  if (!held) return false;
+  const box = held.getBoundingClientRect();
+  if (box.bottom < 0 || box.top > innerHeight || isAbove(held, eyes()) !== heldAbove) held = null;
+  return held !== null;
+}
+
 function leaveCode() {
   openSheet(false);
   (opener ?? main).focus();
@@ -91,9 +112,17 @@ addEventListener("click", (event) => {
   event.preventDefault();
   link.closest("[popover]")?.hidePopover();
   if (main.contains(link)) opener = link;
-  const before = place();
-  go(targetOf(link));
-  if (pane.contains(link)) following = false; // the way back leaves the code as it is
+  const before = place(), target = targetOf(link);
+  go(target);
+  hold([link, target].find((each) => main.contains(each) && each.matches(".to-code")));
+  if (pane.contains(link)) {
+    following = false; // the way back leaves the code as it is
+    mark(targetOf(target));
+  } else if (held && !wide.matches) {
+    // The sheet must not cover the line.
+    const distance = link.getBoundingClientRect().bottom + 16 - $("#code").offsetTop;
+    if (distance > 0) scrollBy({ top: distance, behavior: "instant" });
+  }
   history.replaceState(before, "");
   if (link.hash !== location.hash) history.pushState(place(), "", link.hash);
 });
@@ -107,6 +136,7 @@ const scroller = () => (wide.matches ? main : document.scrollingElement);
 const place = () => ({ marked: marked?.id, text: scroller().scrollTop, code: pane.scrollTop });
 
 function restore(state) {
+  hold(null);
   const target = targetOf(location);
   following = false;
   openSheet(pane.contains(target));
@@ -121,13 +151,16 @@ addEventListener("popstate", ({ state }) => {
   else if (targetOf(location)) go(targetOf(location));
 });
 for (const each of [main, pane, window]) {
-  each.addEventListener("scrollend", () => history.replaceState(place(), ""));
+  each.addEventListener("scrollend", () => {
+    if (isSettled()) history.replaceState(place(), "");
+  });
 }
 
 // ---- Scrolling: where is the reader?
 
 const isAbove = (element, y) =>
   element.checkVisibility() && element.getBoundingClientRect().top <= y;
+const eyes = () => innerHeight * 0.4; // more or less
 const isBefore = (a, b) => a.compareDocumentPosition(b) & Node.DOCUMENT_POSITION_FOLLOWING;
 const read = new Set(recall("read", []));
 
@@ -144,22 +177,47 @@ function tick(chapter) {
   $(`#chapters a[href="#${chapter.id}"]`).classList.add("read");
 }
 
+// The link that the reader has come to. Links that stand close to each other come one by one: a
+// notch of the mouse wheel is 120 pixels, and should skip none.
+function linkAt(heading, line) {
+  const next = headings[headings.indexOf(heading) + 1];
+  const links = followed.filter(
+    (each) => isBefore(heading, each) && !(next && isBefore(next, each)) && each.checkVisibility(),
+  );
+  let found, turn = -Infinity, above = -Infinity;
+  for (const link of links) {
+    const { top } = link.getBoundingClientRect();
+    if (top - above < 10) continue; // in the same line, the first one wins
+    turn = Math.max(top, Math.min(turn + 121, top + innerHeight * 0.25));
+    if (turn <= line) found = link;
+    above = top;
+  }
+  // The first one is shown as soon as it is in view: those before belong to another section.
+  return found ?? links.find((each) => isAbove(each, innerHeight));
+}
+
 function onScroll() {
-  const line = innerHeight * 0.4; // where the eyes are, more or less
+  if (!isSettled()) return;
+  const line = eyes();
   const heading = headings.findLast((each) => isAbove(each, line)) ?? chapters[0];
   const chapter = heading.closest("article");
   setCurrent($("#chapters"), heading);
   $("[popovertarget=chapters] b").textContent = chapter.querySelector("h1").textContent;
   remember("heading", heading.id);
+  paragraph = [...chapter.children].findLast((each) => isAbove(each, line)) ?? chapter;
+  paragraphTop = paragraph.getBoundingClientRect().top;
   if (following) {
-    const index = linksToLines.findLastIndex((each) => isAbove(each, line));
-    let link = linksToLines[index];
-    // Has a new section begun, and its first link is in view? Then the one before is no news.
-    const next = linksToLines[index + 1];
-    const isOver = !link || (isAbove(link, 0) && isBefore(link, heading));
-    if (isOver && next && isAbove(next, innerHeight)) link = next;
-    if (link) mark(targetOf(link));
-    if (link && wide.matches) reveal(marked);
+    if (!isHeld()) {
+      const start = chapter.querySelector("h1 + p > .to-code"); // to the section of chat.py
+      const isStart = start && isAbove(start, innerHeight) && !isAbove(start, 0);
+      const link = linkAt(heading, line) ?? (isStart ? start : null);
+      const isOver = marked && !link; // a section may have none
+      mark(link && targetOf(link));
+      const title = chapter.querySelector("h1").textContent;
+      const isElsewhere = start && $("[popovertarget=contents] b").textContent !== title;
+      if (wide.matches && link) reveal(marked);
+      else if (wide.matches && isOver && isElsewhere) reveal(targetOf(start));
+    }
     const end = chapter.getBoundingClientRect().bottom;
     if (end > innerHeight / 2 && end < innerHeight + 50) tick(chapter);
   }
@@ -168,7 +226,9 @@ function onScroll() {
 const sections = all("#contents a").map(targetOf);
 
 function onCodeScroll() {
-  const line = pane.getBoundingClientRect().top + pane.clientHeight * 0.4;
+  const view = pane.getBoundingClientRect(), top = marked?.getBoundingClientRect().top;
+  const isInView = top >= view.top && top < view.bottom;
+  const line = isInView ? top : view.top + view.height * 0.4;
   const section = sections.findLast((each) => isAbove(each, line)) ?? sections[0];
   $("[popovertarget=contents] b").textContent = setCurrent($("#contents"), section).textContent;
 }
@@ -191,6 +251,20 @@ for (const type of ["wheel", "touchmove", "pointerdown", "keydown"]) {
   addEventListener(type, onInput, { passive: true });
 }
 
+// When the window becomes wide or narrow, something else scrolls the text, from its start. Nothing
+// is stored until the paragraph is in view again.
+let wasWide = wide.matches;
+const isSettled = () => wasWide === wide.matches;
+wide.addEventListener("change", () => {
+  openSheet(false);
+  const move = paragraph.getBoundingClientRect().top - Math.max(paragraphTop, 60);
+  scroller().scrollBy({ top: move, behavior: "instant" });
+  if (marked) reveal(marked);
+  wasWide = wide.matches;
+  history.replaceState(place(), "");
+  onScroll();
+});
+
 // ---- The divider, the keyboard, and the buttons
 
 function divide(percent) {
@@ -210,8 +284,21 @@ divider.addEventListener("keydown", (event) => {
 });
 
 addEventListener("keydown", (event) => {
-  const inCode = $("#code").contains(document.activeElement) && !$(":popover-open");
-  if (event.key === "Escape" && inCode) leaveCode();
+  if (event.key !== "Escape") return;
+  const menu = $(":popover-open");
+  if (menu) {
+    menu.hidePopover();
+    focus($("#code").contains(menu) ? pane : main); // the keys that scroll go on working
+  } else if ($("#code").contains(document.activeElement)) {
+    leaveCode();
+  }
+});
+// A tap on the text closes the sheet.
+main.addEventListener("click", (event) => {
+  const isOpen = !wide.matches && document.body.classList.contains("open");
+  if (!isOpen || event.target.closest("a, button, summary")) return;
+  openSheet(false);
+  focus(main);
 });
 $("#close").addEventListener("click", leaveCode);
 $("#open").addEventListener("click", (event) => {
@@ -250,7 +337,7 @@ if (history.state) {
 } else if (targetOf(location)) {
   const target = targetOf(location);
   // Lines of code: the text that explains them comes along.
-  const back = target.querySelector?.(":scope > .back");
+  const back = target.querySelector(".back");
   if (back) targetOf(back).scrollIntoView();
   go(target);
 } else {
