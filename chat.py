@@ -419,8 +419,8 @@ class Connection:
     async def receive(self) -> WSMessage:
         """The client's next frame. Raise TimeoutError if it sends none and answers no ping.
 
-        aiohttp can ping by itself (``heartbeat=``). But it would take a client for dead whose
-        answer waits behind many messages that we have not read yet.
+        aiohttp can ping by itself (``heartbeat=``). But if a client's answer waits behind many
+        messages that we have not read yet, aiohttp would think that the client is dead.
         """
         try:
             return await self.ws.receive(HEARTBEAT)
@@ -997,7 +997,7 @@ class Writer:
         queries = [find_one({"user": each["user"], "key": each["key"]}) for each in sent]
         found = await asyncio.gather(*queries, return_exceptions=True)
         for message, document in zip(batch.copy(), found, strict=True):
-            # Not what is newer: its sender would see it before earlier messages.
+            # Only what was published here: a newer one would reach its sender too early.
             if isinstance(document, dict) and document["_id"] <= self.room.latest_id:
                 message.reply = to_event(document)
                 batch.remove(message)

@@ -2812,9 +2812,9 @@ async def test_page_older_messages(mongo, chromium):
                 await page.route("**/messages?*", answer)
                 await older.click()
                 await expect(again).to_be_visible()
-                await page.unroute("**/messages?*")
                 for route in unanswered:
                     await route.abort()
+                await page.unroute("**/messages?*")
                 await older.press("Enter")
                 await expect(again).to_be_hidden()
             await expect(page.locator(MESSAGES)).to_have_count(150)
