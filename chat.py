@@ -160,8 +160,9 @@ def explain(text: str, *expected: type[Exception]) -> Iterator[None]:
 def create_app() -> web.Application:
     """Put the application together. Raise StartupError if a setting is not usable."""
     # A middleware is a function around every handler. A request passes through
-    # them from first to last, and its response from last to first. So error_pages sees the errors of all others,
-    # and authorize can read the session that the one before it has prepared.
+    # them from first to last, and its response from last to first. So error_pages
+    # sees the errors of all others, and authorize can read the session that the one
+    # before it has prepared.
     middlewares: list[Middleware] = [error_pages, redirect_to_https, check_origin]
     middlewares += [create_session_middleware(), authorize, db_handler]
     app = web.Application(middlewares=middlewares, client_max_size=BODY_MAX)
@@ -419,8 +420,8 @@ class Connection:
     async def receive(self) -> WSMessage:
         """The client's next frame. Raise TimeoutError if it sends none and answers no ping.
 
-        aiohttp can ping by itself (``heartbeat=``). But it would take a client for dead whose
-        answer waits behind many messages that we have not read yet.
+        aiohttp can ping by itself (``heartbeat=``). But if a client's answer waits behind many
+        messages that we have not read yet, aiohttp would think that the client is dead.
         """
         try:
             return await self.ws.receive(HEARTBEAT)
@@ -818,7 +819,7 @@ class Room:
         # this client after each page. That delays nobody else.
         while self.recent and after_id + 1 < self.recent[0]["id"]:
             page = await read_messages(self.db, after_id + 1, after_id + PAGE_SIZE)
-            # After a failover, the new primary may not yet show the newest messages.
+            # If the primary has just failed, the new one may not have the newest yet.
             if not page or connection.transport.is_closing():
                 raise ConnectionError("The client cannot catch up now.")
             connection.send(page)
@@ -997,7 +998,7 @@ class Writer:
         queries = [find_one({"user": each["user"], "key": each["key"]}) for each in sent]
         found = await asyncio.gather(*queries, return_exceptions=True)
         for message, document in zip(batch.copy(), found, strict=True):
-            # Not what is newer: its sender would see it before earlier messages.
+            # Only what was published here: a newer one would reach its sender too early.
             if isinstance(document, dict) and document["_id"] <= self.room.latest_id:
                 message.reply = to_event(document)
                 batch.remove(message)
@@ -1056,6 +1057,7 @@ class Reconciler:
         now = datetime.now(UTC)
         users = sorted({connection.user for connection in self.room.connections})
         own = {"process_id": own_id, "users": users, "expires_at": now + PRESENCE_TTL}
+        # upsert: insert the document if there is none yet.
         if users != self.stored_users:
             await presence.replace_one({"_id": own_id}, own, upsert=True)
             self.stored_users = users

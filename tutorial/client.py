@@ -21,10 +21,13 @@ async def log_in(user):
     jar = aiohttp.CookieJar(unsafe=True)  # "unsafe": accept cookies from an IP address
     form = {"login": user, "password": "long enough"}
     async with aiohttp.ClientSession(URL, cookie_jar=jar) as session:
-        await session.post("/signup", data=form)
+        try:
+            await session.post("/signup", data=form)
+        except aiohttp.ClientConnectorError:
+            sys.exit(f"Nothing listens on {URL}. Start the chat first.")
         answer = await session.post("/login", data=form)
         if answer.status == 401:
-            sys.exit(f"{user} has another password here. Stop the chat, say rm -r data, start it.")
+            sys.exit(f"{user} has another password here. Stop the chat, run rm -r data, start it.")
         yield session
 
 
@@ -46,7 +49,7 @@ def database_uri():
     """The URI of the chat's database, which `export DB=...` has set."""
     if "DB" not in os.environ:
         sys.exit(
-            "First say: export DB=... with the URL of the database, as the chat has printed it"
+            "First run: export DB=... with the URL of the database, as the chat has printed it"
         )
     return os.environ["DB"]
 
@@ -58,6 +61,6 @@ def database():
         mongo.admin.command("ping")
     except pymongo.errors.PyMongoError:
         sys.exit(
-            f"No database at {database_uri()}. Say export DB=... with the URL of the running one"
+            f"No database at {database_uri()}. Run export DB=... with the URL of the running one"
         )
     return mongo.get_default_database("chat")
