@@ -296,15 +296,15 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                     connection.end(WSCloseCode.UNSUPPORTED_DATA)
                 elif frame.type is not WSMsgType.PONG:
                     break  # the client has closed the connection, or it is lost
-                # Read the next frame only when the client has read our answer: otherwise,
+                # Read the next frame only when our answer has left this process: otherwise,
                 # answers to a client that sends and never reads would pile up.
                 await connection.flush()
                 # Let the other coroutines run. An `await` whose result is ready goes on
                 # at once, so a client that sends without pause would stop everybody.
                 await asyncio.sleep(0)
     except (PyMongoError, TimeoutError, ConnectionError):
-        # end() was called, or the client did not answer a ping, or catching up failed.
-        # In the last two cases, the close code asks the client to reconnect.
+        # end() was called, or a ping was not answered (the connection is cut already), or
+        # catching up failed: then the close code asks the client to reconnect.
         pass
     finally:
         # Whatever happened: a connection that stayed in the room would be a user
@@ -652,10 +652,11 @@ async def database(app: web.Application) -> AsyncIterator[None]:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    # Without a time limit, the driver waits 30 s for a database that is lost.
+    # connect() allows 3 s for this. At the end, that is too long.
     with suppress(PyMongoError), pymongo.timeout(CLOSE_TIMEOUT):
         await db.presence.delete_one({"_id": room.process_id})
     # close() makes pending queries fail. Nobody waits for them, so do not log it.
+    # And without a limit, it waits 30 s for a database that is lost.
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
     with pymongo.timeout(CLOSE_TIMEOUT):
         db.client.close()
@@ -932,7 +933,7 @@ class Writer:
         async with self.lock:
             # We know the next free number before the other processes do, so we would
             # always be the first to use it. So pause for as long as our last batch
-            # took, but not for long (fairness).
+            # took (fairness). But shut_down() waits for this, too: hence CLOSE_TIMEOUT.
             if self.room.has_peers:
                 await asyncio.sleep(self.pause_until - time.monotonic())
             batch = list(self.waiting.values())
@@ -1273,7 +1274,8 @@ async def log_out(request: web.Request) -> NoReturn:
 def normalize_login(login: str) -> str:
     """The form in which logins are compared: so "STRASSE" and "Straße" are the same login.
 
-    NFKC gives letters that look alike one form: https://www.unicode.org/reports/tr15/
+    NFKC gives the variants of a letter (such as full-width ones) one form, but not letters of
+    different scripts that look alike: https://www.unicode.org/reports/tr15/
     casefold() can undo that for some letters, hence twice.
     """
     return normalize("NFKC", normalize("NFKC", login).casefold())

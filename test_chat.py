@@ -3183,7 +3183,7 @@ def run_commands(blocks, house):
     """Run `sh` blocks beside a chat (and naive.py): do they print what is shown?"""
     own_environment = {name: os.environ[name] for name in os.environ.keys() - SETTINGS}
     own_environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    naive = Chat(house, [sys.executable, "tutorial/naive.py", "0"])
+    naive = Chat(house, [sys.executable, "-u", "tutorial/naive.py", "0"])
     output = house / "output"
     with contextlib.ExitStack() as stack, Chat(house) as chat:
         own_environment |= {"DB": chat.database, "PORT": chat.env["PORT"]}
@@ -3270,7 +3270,7 @@ SCRIPT = "<img src=x onerror=alert(1)>"
 @on_pages
 async def test_flaws_of_the_naive_chat(chromium):
     """The flaws of naive.py that no command of chapter 1 shows."""
-    naive = Chat(command=[sys.executable, "tutorial/naive.py", "0"])
+    naive = Chat(command=[sys.executable, "-u", "tutorial/naive.py", "0"])
     other = Chat(command=naive.command)
     async with naive, other:
         ann, ben, cleo = [await chromium.new_page() for _ in range(3)]
