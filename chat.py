@@ -677,6 +677,7 @@ def start_local_database() -> str:
     # not lose a message that was acknowledged.
     server = SecantusDBServer(storage_path=str(DATA / "db"), sync_on_commit=True)
     server.start()
+    # Stop it last of all, when nothing in this process uses it any more.
     atexit.register(server.stop)
     print(f"The local database: {server.uri}")
     return str(server.uri)
@@ -686,6 +687,7 @@ def data_folder() -> Path:
     """The folder ``data/``, which only its owner can read."""
     with explain("make data/ writable, or set SECRET_KEY and MONGODB_URI", OSError):
         DATA.mkdir(exist_ok=True)
+        # Also if it was there before: the messages and the key are nobody else's.
         DATA.chmod(0o700)
     return DATA
 
@@ -840,7 +842,8 @@ class Room:
         `events` must be in order, and there must be no gap between `latest_id` and the first
         (except at the start, when nobody is connected).
         """
-        # The Writer and the Reconciler may both bring the same message.
+        # The Writer and the Reconciler may both bring the same message: one has just
+        # stored it, and the other has read it from the database.
         news = [event for event in events if event["id"] > self.latest_id]
         if news:
             self.latest_id = news[-1]["id"]
@@ -936,6 +939,8 @@ class Writer:
             # took (fairness). But shut_down() waits for this, too: hence CLOSE_TIMEOUT.
             if self.room.has_peers:
                 await asyncio.sleep(self.pause_until - time.monotonic())
+            # No `await` in the next three lines: a message belongs to this batch or to
+            # the next one, never to both or to none.
             batch = list(self.waiting.values())
             self.waiting = {}
             self.next_batch = None  # from here on, post() starts a new one
@@ -985,6 +990,10 @@ class Writer:
         try:
             await self.room.db.messages.insert_many(documents)
         except BulkWriteError as error:
+            # The details say at which document the insert stopped ("index"), and
+            # which unique index refused it ("keyPattern"). 11000 is MongoDB's code
+            # for a duplicate. A majority must have the documents before it, too, so
+            # there may be no write concern error.
             match error.details:
                 case {"writeErrors": [{"code": 11000} as duplicate], "writeConcernErrors": []}:
                     return duplicate
@@ -1056,6 +1065,7 @@ class Reconciler:
         presence = self.room.db.presence
         own_id = self.room.process_id
         now = datetime.now(UTC)
+        # A user may have several windows open, so these are fewer than the connections.
         users = sorted({connection.user for connection in self.room.connections})
         own = {"process_id": own_id, "users": users, "expires_at": now + PRESENCE_TTL}
         # upsert: insert the document if there is none yet.
@@ -1078,6 +1088,8 @@ class Reconciler:
         await self.wait_for_change("revoked_sessions")
         # Only the sessions that are connected here: others are authorize()'s task.
         ids = [connection.session["id"] for connection in self.room.connections]
+        # find() asks nothing yet: the documents are read, one batch after the other,
+        # by `async for`.
         found = self.room.db.revoked_sessions.find({"_id": {"$in": ids}})
         revoked = {session["_id"] async for session in found}
         oldest = time.time() - SESSION_LIFETIME.total_seconds()
@@ -1231,6 +1243,7 @@ async def sign_up(request: web.Request) -> web.StreamResponse:
     # password, and each guess takes as long as this call.
     async with hash_turn(request.app):
         password_hash = await asyncio.to_thread(hash_password, password)
+    # "login" is what others see, and "_id" what logins are compared by.
     user = {"_id": normalize_login(login), "login": login, "password": password_hash}
     # Checking first would be a race: somebody may take the login before our
     # insert. The unique `_id` decides.
@@ -1266,6 +1279,8 @@ async def log_out(request: web.Request) -> NoReturn:
     revoked = {"_id": session["id"], "process_id": room.process_id, "expires_at": expires_at}
     with suppress(DuplicateKeyError):  # another tab has logged out, too
         await request["db"].revoked_sessions.insert_one(revoked)
+    # Here, sync_sessions() closes the WebSockets of this session. The change stream
+    # wakes it in the other processes.
     room.wake("revoked_sessions")
     session.invalidate()
     raise redirect_to(request, "login")
@@ -1301,6 +1316,7 @@ async def hash_turn(app: web.Application) -> AsyncIterator[None]:
     Hashing is slow and takes much memory, on purpose. So it is done in a thread, beside the
     event loop, and one at a time (the lock). The slots limit how many people wait for it.
     """
+    # Locked means that all slots are taken.
     if app[HASH_SLOTS].locked():
         text = "Too many people are logging in. Please try again in a moment."
         raise web.HTTPServiceUnavailable(text=text, headers={"Retry-After": "2"})
@@ -1376,6 +1392,8 @@ def is_not_bad_http(record: logging.LogRecord) -> bool:
 
 def create_socket() -> socket.socket:
     """The socket on which we listen. Raise StartupError if that is not possible."""
+    # We create the socket, and not aiohttp: so an OSError here can only mean that
+    # HOST or PORT is wrong. Only IPv6 addresses contain colons.
     family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
     hint = f"cannot listen on {HOST}, port {PORT}: check HOST and PORT"
     with explain(hint, OSError, OverflowError, TypeError, ValueError):
