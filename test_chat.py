@@ -51,6 +51,7 @@ LONGEST = "\x01" * 2000  # the longest message in JSON, where each character tak
 
 # Seconds. Every wait has a limit, and this one is far longer than any wait should take.
 PATIENCE = 30
+expect.set_options(timeout=PATIENCE * 1000)
 
 
 def asynchronous(test, run_in=asyncio):
@@ -2406,7 +2407,7 @@ async def texts(page):
 
 
 async def wait_for_texts(page, *wanted):
-    await expect(page.locator(MESSAGES)).to_have_text(wanted, timeout=15000)
+    await expect(page.locator(MESSAGES)).to_have_text(wanted)
 
 
 async def becomes_true(page, expression, seconds=PATIENCE):
@@ -2765,7 +2766,7 @@ async def test_page_and_a_message_that_could_not_be_stored(tmp_path, chromium):
             for text in ("again", "edit"):
                 await type_in(page, text)
             refused = page.locator("#unsent .failed .state")
-            await expect(refused).to_have_count(2, timeout=12000)
+            await expect(refused).to_have_count(2)
             await expect(refused.first).to_contain_text("may not have been")
             await has_no_barriers(page)
             mongo.start()
@@ -2774,7 +2775,7 @@ async def test_page_and_a_message_that_could_not_be_stored(tmp_path, chromium):
                 if (await page.goto(chat.url)).ok:
                     break
                 await asyncio.sleep(0.5)
-            await expect(page.locator("#connection")).to_have_text("", timeout=15000)
+            await expect(page.locator("#connection")).to_have_text("")
             await expect(refused).to_have_count(2)
             assert await texts(page) == ["before"]
             await page.get_by_role("button", name="Edit").last.click()
@@ -2812,7 +2813,8 @@ async def test_page_older_messages(mongo, chromium):
             assert await texts(page) == wanted[-50:]
             older, again = page.locator("#older"), page.get_by_text("could not be loaded")
             unanswered = []
-            for answer in (lambda route: route.abort(), lambda route: unanswered.append(route)):
+            answers = (lambda route: route.abort(), lambda route: unanswered.append(route))
+            for shown, answer in zip((100, 150), answers, strict=True):
                 await page.route("**/messages?*", answer)
                 await older.click()
                 await expect(again).to_be_visible()
@@ -2820,8 +2822,8 @@ async def test_page_older_messages(mongo, chromium):
                     await route.abort()
                 await page.unroute("**/messages?*")
                 await older.press("Enter")
+                await expect(page.locator(MESSAGES)).to_have_count(shown)
                 await expect(again).to_be_hidden()
-            await expect(page.locator(MESSAGES)).to_have_count(150)
         async with tab(chromium, chat) as page:
             # With JavaScript, an address of an older page leads to the newest.
             await page.goto(chat.url + "/?before=100")
@@ -2954,7 +2956,7 @@ async def test_page_and_somebody_else(mongo, chromium):
         # Before the page is back, the cookie becomes another one's.
         await page.context.add_cookies([{"name": "chat", "value": cookie, "url": chat.url}])
         chat.start()
-        await expect(page.locator("#chat")).to_have_attribute("data-user", "mallory", timeout=15000)
+        await expect(page.locator("#chat")).to_have_attribute("data-user", "mallory")
         await expect(page.locator("#text")).to_have_value("")
         await type_in(page, "hello")
         await wait_for_texts(page, "hello")
