@@ -66,7 +66,7 @@ from urllib.parse import urlsplit
 import aiohttp_jinja2
 import jinja2
 import pymongo
-from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
+from aiohttp import WSCloseCode, WSMsgType, web
 from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 from aiohttp_session import Session, get_session, new_session, session_middleware
@@ -109,13 +109,14 @@ BODY_MAX = 64 * 1024  # bytes of a form, and of a WebSocket message
 # control character takes 6 bytes in JSON (\u0001), so 50 * 2,000 * 6 = 600,000.
 SEND_BUFFER_MAX = 1_000_000
 SEND_TIMEOUT = 60  # seconds in which a client must read something of what was sent
-HEARTBEAT = 27  # seconds of silence until a ping; Heroku's router cuts after 55
+HEARTBEAT = 27  # seconds between two pings; Heroku's router cuts after 55 of silence
 DATABASE_TIMEOUT = 3  # seconds for a query, or for a batch of messages
 FORM_TIMEOUT = 4  # seconds for a client to send a form
 REQUEST_TIMEOUT = 5  # seconds for a handler, except the WebSocket's
 START_TIMEOUT = 20  # seconds at the start: a replica set elects a primary in about 10
 CLOSE_TIMEOUT = 0.5  # seconds for each wait during the shutdown
 RETRY_DELAY = 0.5  # seconds until a task that failed is tried again
+SYNC_PAUSE = 0.1  # seconds until a process looks again who is connected
 SYNC_INTERVAL = 10  # seconds until a process looks for changes, even if it heard of none
 PRESENCE_TTL = timedelta(seconds=35)  # a process that was silent for so long is gone
 SESSION_LIFETIME = timedelta(days=7)  # from the login, used or not
@@ -287,7 +288,14 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                 connection.end(WSCloseCode.GOING_AWAY)
             await room.send_missed(connection, after_id)
             while True:
-                frame = await connection.receive()
+                # Read the next frame only when all that we sent has left this process:
+                # otherwise, answers to a client that sends and never reads would pile up.
+                await connection.flush()
+                # Let the other coroutines run. An `await` whose result is ready goes on
+                # at once, so a client that sends without pause would stop everybody.
+                await asyncio.sleep(0)
+                frame = await ws.receive()
+                connection.alive = True
                 if frame.type is WSMsgType.TEXT:
                     await handle_text(request, connection, frame.data)
                 elif frame.type is WSMsgType.PING:
@@ -296,15 +304,9 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                     connection.end(WSCloseCode.UNSUPPORTED_DATA)
                 elif frame.type is not WSMsgType.PONG:
                     break  # the client has closed the connection, or it is lost
-                # Read the next frame only when our answer has left this process: otherwise,
-                # answers to a client that sends and never reads would pile up.
-                await connection.flush()
-                # Let the other coroutines run. An `await` whose result is ready goes on
-                # at once, so a client that sends without pause would stop everybody.
-                await asyncio.sleep(0)
     except (PyMongoError, TimeoutError, ConnectionError):
-        # end() was called, or a ping was not answered (the connection is cut already), or
-        # catching up failed: then the close code asks the client to reconnect.
+        # If end() was called, it has set the close code. If catching up failed, it is still
+        # the one that asks the client to reconnect.
         pass
     finally:
         # Whatever happened: a connection that stayed in the room would be a user
@@ -397,6 +399,7 @@ class Connection:
         # that. Our flush() has one.
         self.transport.set_write_buffer_limits(high=sys.maxsize)
         self.live = False  # True once it has all earlier messages: it gets each new one
+        self.alive = True  # False from a ping until the client sends or reads something
         self.deadline = asyncio.timeout(None)  # when its handler stops: never, until end()
         # The client reads it as the reason. This one means "please reconnect".
         self.close_code = WSCloseCode.TRY_AGAIN_LATER
@@ -417,34 +420,20 @@ class Connection:
         elif not self.ws.closed and not self.transport.is_closing():
             self.transport.write(frame)
 
-    async def receive(self) -> WSMessage:
-        """The client's next frame. Raise TimeoutError if it sends none and answers no ping.
-
-        aiohttp can ping by itself (``heartbeat=``). But if a client's answer waits behind many
-        messages that we have not read yet, aiohttp would think that the client is dead.
-        """
-        try:
-            return await self.ws.receive(HEARTBEAT)
-        except TimeoutError:
-            self.send_frame(to_frame(WSMsgType.PING, b""))
-        try:
-            return await self.ws.receive(HEARTBEAT)
-        except TimeoutError:
-            self.transport.abort()
-            raise
-
     async def flush(self) -> None:
         """Wait until the operating system has taken everything, as it does when a client reads.
 
         However slowly it reads: only if it reads nothing for SEND_TIMEOUT, cut the connection.
         """
         least = sys.maxsize
-        last_read = 0.0
-        while self.transport.get_write_buffer_size() > 0:
-            if self.transport.get_write_buffer_size() < least:
-                least = self.transport.get_write_buffer_size()
-                last_read = time.monotonic()
-            elif time.monotonic() > last_read + SEND_TIMEOUT:
+        while (waiting := self.transport.get_write_buffer_size()) > 0:
+            # Its pong may be stuck behind what waits here. So while we wait, only this
+            # time limit counts, and not that of ping_everybody().
+            self.alive = True
+            if waiting < least:
+                least = waiting
+                give_up_at = time.monotonic() + SEND_TIMEOUT
+            elif time.monotonic() > give_up_at:
                 self.transport.abort()
             await asyncio.sleep(0.01)
 
@@ -640,7 +629,8 @@ async def database(app: web.Application) -> AsyncIterator[None]:
     reconciler = Reconciler(room, writer)
     # These run all the time, together with the handlers. Each is a task: a
     # coroutine that the event loop runs although nobody awaits it.
-    steps = [reconciler.sync_messages, reconciler.sync_presence, reconciler.sync_sessions]
+    steps = [room.ping_everybody, reconciler.sync_messages]
+    steps += [reconciler.sync_presence, reconciler.sync_sessions]
     if has_change_streams:
         steps.append(reconciler.watch_changes)
     else:
@@ -872,6 +862,22 @@ class Room:
             if len(page) < PAGE_SIZE:
                 return
 
+    async def ping_everybody(self) -> None:
+        """Disconnect those who have not reacted to the last ping, and send the next one.
+
+        aiohttp can do this as well (``heartbeat=``). But if a client's answer waits behind many
+        messages that we have not read yet, aiohttp would think that the client is dead.
+        """
+        await asyncio.sleep(HEARTBEAT)
+        # If a client's computer has lost its network, nothing tells us. We would only see
+        # that the answers to our pings stay away.
+        ping = to_frame(WSMsgType.PING, b"")
+        for connection in self.connections:
+            if not connection.alive:
+                connection.transport.abort()
+            connection.alive = False
+            connection.send_frame(ping)
+
     def show_online(self, users: set[str]) -> None:
         """Tell all clients who has joined and who has left: from now on, `users` are online."""
         events = [{"type": "joined", "user": user} for user in sorted(users - self.online)]
@@ -939,6 +945,12 @@ class Writer:
             # took (fairness). But shut_down() waits for this, too: hence CLOSE_TIMEOUT.
             if self.room.has_peers:
                 await asyncio.sleep(self.pause_until - time.monotonic())
+            # Let the event loop run four times: that is enough to read what has arrived,
+            # and to bring it here. Otherwise, when many people answer the same message,
+            # the first few answers would make a batch of their own, and all others would
+            # have to wait for it. Twice as many inserts would cost a quarter of the speed.
+            for _ in range(4):
+                await asyncio.sleep(0)
             # No `await` in the next three lines: a message belongs to this batch or to
             # the next one, never to both or to none.
             batch = list(self.waiting.values())
@@ -971,6 +983,7 @@ class Writer:
                 message.document.update(_id=number, time=now, process_id=self.room.process_id)
             # (3) One insert for all of them.
             duplicate = await self.insert([message.document for message in batch])
+            # What came before the duplicate is stored. The rest stays in the batch.
             stored = batch.copy() if duplicate is None else batch[: duplicate["index"]]
             # (4) MongoDB has acknowledged these: now they may be seen.
             self.room.publish([to_event(message.document) for message in stored])
@@ -1066,6 +1079,7 @@ class Reconciler:
         own_id = self.room.process_id
         now = datetime.now(UTC)
         # A user may have several windows open, so these are fewer than the connections.
+        # A list, because MongoDB has no sets. Sorted, because it is compared below.
         users = sorted({connection.user for connection in self.room.connections})
         own = {"process_id": own_id, "users": users, "expires_at": now + PRESENCE_TTL}
         # upsert: insert the document if there is none yet.
@@ -1082,6 +1096,8 @@ class Reconciler:
         # Once more: somebody may have come or gone while we waited.
         self.room.show_online(elsewhere | {each.user for each in self.room.connections})
         self.room.has_peers = len(elsewhere) > 0
+        # When a thousand people connect in a second, ten looks are enough.
+        await asyncio.sleep(SYNC_PAUSE)
 
     async def sync_sessions(self) -> None:
         """Close (code 1008) the WebSockets of sessions that were logged out, or have expired."""
@@ -1098,6 +1114,7 @@ class Reconciler:
             if session["id"] in revoked or session.created < oldest:
                 self.room.connections.discard(connection)  # it gets nothing new
                 connection.end(WSCloseCode.POLICY_VIOLATION)
+        await asyncio.sleep(SYNC_PAUSE)
 
 
 async def keep_running(room: Room, step: Callable[[], Awaitable[None]]) -> None:
@@ -1413,7 +1430,8 @@ async def shut_down(app: web.Application) -> None:
     await asyncio.sleep(CLOSE_TIMEOUT)
     for connection in list(app[ROOM].connections):
         connection.end(WSCloseCode.GOING_AWAY)
-    # aiohttp waits for the handlers, see shutdown_timeout in main().
+    # aiohttp waits for the handlers, see shutdown_timeout in main(). Then it runs the rest
+    # of database().
 
 
 if __name__ == "__main__":

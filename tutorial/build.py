@@ -128,7 +128,7 @@ def highlight(lines: list[str], language: str) -> list[str]:
     lexer = get_lexer_by_name(language, stripnl=False)
     html = pygments.highlight("\n".join(lines), lexer, HtmlFormatter(nowrap=True))
     # Few kinds have a colour in reader.css. For the others, an element would only take room.
-    html = re.sub(r'<span class="(c|k|m|sd?|n[cdft])\w*">(.*?)</span>', r"<b class=\1>\2</b>", html)
+    html = re.sub(r'<span class="(c|k|sd?|n[cdft])\w*">(.*?)</span>', r"<b class=\1>\2</b>", html)
     return re.sub("</?span.*?>", "", html).removesuffix("\n").split("\n")
 
 
