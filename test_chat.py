@@ -1302,9 +1302,9 @@ async def faster_than_the_database(mongo):
     """Promise 5: whose answer to a ping waits behind many messages is slowed down, not dead."""
     async with (
         Proxy(mongo()) as proxy,
-        chat_behind(proxy, 1, {"HEARTBEAT": "0.5"}) as (_, [person]),
+        chat_behind(proxy, 1, {"HEARTBEAT": "2"}) as (_, [person]),
     ):
-        proxy.delay = 0.02
+        proxy.delay = 0.03
         for number in range(100):  # more than aiohttp reads ahead
             await person.say(LONGEST, f"{number}")
         await person.until(lambda: len(person.own) == 100)
