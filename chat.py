@@ -116,7 +116,7 @@ REQUEST_TIMEOUT = 5  # seconds for a handler, except the WebSocket's
 START_TIMEOUT = 20  # seconds at the start: a replica set elects a primary in about 10
 CLOSE_TIMEOUT = 0.5  # seconds for each wait during the shutdown
 RETRY_DELAY = 0.5  # seconds until a task that failed is tried again
-SYNC_PAUSE = 0.1  # seconds until a process looks again who is connected
+SYNC_PAUSE = 0.1  # seconds, at least, between two looks at who is online or logged out
 SYNC_INTERVAL = 10  # seconds until a process looks for changes, even if it heard of none
 PRESENCE_TTL = timedelta(seconds=35)  # a process that was silent for so long is gone
 SESSION_LIFETIME = timedelta(days=7)  # from the login, used or not
@@ -305,8 +305,8 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
                 elif frame.type is not WSMsgType.PONG:
                     break  # the client has closed the connection, or it is lost
     except (PyMongoError, TimeoutError, ConnectionError):
-        # If end() was called, it has set the close code. If catching up failed, it is still
-        # the one that asks the client to reconnect.
+        # If end() was called, it has set the close code. If catching up failed, the code is
+        # still TRY_AGAIN_LATER, so the client reconnects.
         pass
     finally:
         # Whatever happened: a connection that stayed in the room would be a user
@@ -399,7 +399,7 @@ class Connection:
         # that. Our flush() has one.
         self.transport.set_write_buffer_limits(high=sys.maxsize)
         self.live = False  # True once it has all earlier messages: it gets each new one
-        self.alive = True  # False from a ping until the client sends or reads something
+        self.alive = True  # False from a ping until the client sends something
         self.deadline = asyncio.timeout(None)  # when its handler stops: never, until end()
         # The client reads it as the reason. This one means "please reconnect".
         self.close_code = WSCloseCode.TRY_AGAIN_LATER
@@ -421,21 +421,22 @@ class Connection:
             self.transport.write(frame)
 
     async def flush(self) -> None:
-        """Wait until the operating system has taken everything, as it does when a client reads.
+        """Wait until the operating system has taken everything. It takes more as the client reads.
 
-        However slowly it reads: only if it reads nothing for SEND_TIMEOUT, cut the connection.
+        The client may read as slowly as it likes. If it reads nothing for SEND_TIMEOUT, cut it.
         """
-        least = sys.maxsize
+        # The answer to a ping may be stuck behind what waits here. So while we wait, only
+        # SEND_TIMEOUT counts, and not what ping_everybody() expects.
+        self.alive = True
+        before = sys.maxsize  # so the first look below starts the clock
         while (waiting := self.transport.get_write_buffer_size()) > 0:
-            # Its pong may be stuck behind what waits here. So while we wait, only this
-            # time limit counts, and not that of ping_everybody().
             self.alive = True
-            if waiting < least:
-                least = waiting
+            if waiting < before:  # the client has read something
                 give_up_at = time.monotonic() + SEND_TIMEOUT
             elif time.monotonic() > give_up_at:
-                self.transport.abort()
-            await asyncio.sleep(0.01)
+                self.transport.abort()  # this also empties the buffer, and so ends the loop
+            before = waiting
+            await asyncio.sleep(0.05)
 
     def end(self, code: WSCloseCode) -> None:
         """Have the handler close the connection. The first code counts.
@@ -614,7 +615,7 @@ SHARED_STATE = ["messages", "presence", "revoked_sessions"]
 
 
 async def database(app: web.Application) -> AsyncIterator[None]:
-    """Connect to MongoDB and start the tasks that use it; stop everything at the end."""
+    """Connect to MongoDB and start the background tasks; stop everything at the end."""
     uri = MONGODB_URI or start_local_database()
     hint = "cannot use MONGODB_URI: check it, and that the database is running"
     with explain(hint, PyMongoError, OSError, ValueError):
@@ -863,20 +864,20 @@ class Room:
                 return
 
     async def ping_everybody(self) -> None:
-        """Disconnect those who have not reacted to the last ping, and send the next one.
+        """Every HEARTBEAT seconds: cut those who did not answer the last ping, and ping the others.
 
         aiohttp can do this as well (``heartbeat=``). But if a client's answer waits behind many
         messages that we have not read yet, aiohttp would think that the client is dead.
         """
         await asyncio.sleep(HEARTBEAT)
-        # If a client's computer has lost its network, nothing tells us. We would only see
-        # that the answers to our pings stay away.
         ping = to_frame(WSMsgType.PING, b"")
         for connection in self.connections:
+            # If a client's computer has lost its network, nothing tells us. We only notice
+            # that the answer to our ping stays away.
             if not connection.alive:
                 connection.transport.abort()
             connection.alive = False
-            connection.send_frame(ping)
+            connection.send_frame(ping)  # does nothing after abort()
 
     def show_online(self, users: set[str]) -> None:
         """Tell all clients who has joined and who has left: from now on, `users` are online."""
@@ -945,10 +946,10 @@ class Writer:
             # took (fairness). But shut_down() waits for this, too: hence CLOSE_TIMEOUT.
             if self.room.has_peers:
                 await asyncio.sleep(self.pause_until - time.monotonic())
-            # Let the event loop run four times: that is enough to read what has arrived,
-            # and to bring it here. Otherwise, when many people answer the same message,
-            # the first few answers would make a batch of their own, and all others would
-            # have to wait for it. Twice as many inserts would cost a quarter of the speed.
+            # Let the event loop run four times. One turn reads the sockets, the next one
+            # wakes the handlers, and those call post(). Otherwise, when many people answer
+            # the same message, the first few answers would make a batch of their own, and
+            # all others would have to wait for it. That would be twice as many inserts.
             for _ in range(4):
                 await asyncio.sleep(0)
             # No `await` in the next three lines: a message belongs to this batch or to

@@ -1294,6 +1294,7 @@ async def test_as_time_passes(replica_set):
         pings=heartbeat(replica_set),
         presence=users_of_a_killed_process_leave(replica_set),
         faster=faster_than_the_database(replica_set),
+        long_history=long_history(replica_set),
         half_a_frame=half_a_frame(replica_set),
     )
 
@@ -1309,6 +1310,18 @@ async def faster_than_the_database(mongo):
             await person.say(LONGEST, f"{number}")
         await person.until(lambda: len(person.own) == 100)
         assert not person.errors and not person.ws.closed
+
+
+async def long_history(mongo):
+    """Promise 3: while a client catches up, its answers to pings are not read. It stays."""
+    uri = mongo()
+    count = len(history_of(uri, 700))
+    limits = {"HEARTBEAT": "2", "PAGE_SIZE": "10"}
+    async with Proxy(uri) as proxy, chat_behind(proxy, 1, limits) as (_, [person]):
+        proxy.delay = 0.03
+        await person.connect("")
+        await person.until(lambda: len(person.seen) == count or person.ws.closed, 90)
+        assert len(person.seen) == count
 
 
 async def half_a_frame(mongo):
