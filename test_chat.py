@@ -1295,6 +1295,7 @@ async def test_as_time_passes(replica_set):
         presence=users_of_a_killed_process_leave(replica_set),
         faster=faster_than_the_database(replica_set),
         long_history=long_history(replica_set),
+        backlog=backlog_that_never_ends(replica_set),
         half_a_frame=half_a_frame(replica_set),
     )
 
@@ -1322,6 +1323,32 @@ async def long_history(mongo):
         await person.connect("")
         await person.until(lambda: len(person.seen) == count or person.ws.closed, 90)
         assert len(person.seen) == count
+
+
+async def backlog_that_never_ends(mongo):
+    """Promise 5: one that reads as fast as messages come stays, though some always wait for it."""
+    async with (
+        Chat(MONGODB_URI=mongo(), limits={"SEND_TIMEOUT": "2"}) as chat,
+        people(chat, None, None) as [person, slow],
+    ):
+        await person.connect()
+        with RawClient(slow, small=True) as client:
+            client.rate, seen = 150_000, []
+
+            def read():
+                for event in client.events():
+                    seen.extend(ids([event]))
+                    if len(seen) == 80:
+                        return
+
+            reading = asyncio.create_task(asyncio.to_thread(read))
+            for number in range(80):
+                if number == 25:  # the chat waits for it from its next frame on
+                    client.socket.sendall(client_frame(b"", PONG_FRAME))
+                await person.until(lambda: len(person.own) - len(seen) < 30 or reading.done())
+                await person.post(LONGEST)
+            await reading
+            assert seen == list(range(1, 81))
 
 
 async def half_a_frame(mongo):
