@@ -656,9 +656,9 @@ class RawClient:
         with self:
             return list(self.events())
 
-    def numbers(self, count):
-        """The numbers of the messages that come next."""
-        found = []
+    def numbers(self, count, found=None):
+        """The numbers of the messages that come next. Other threads may watch the list `found`."""
+        found = [] if found is None else found
         for event in self.events():
             found += ids([event])
             if len(found) == count:
@@ -1334,14 +1334,7 @@ async def backlog_that_never_ends(mongo):
         await person.connect()
         with RawClient(slow, small=True) as client:
             client.rate, seen = 150_000, []
-
-            def read():
-                for event in client.events():
-                    seen.extend(ids([event]))
-                    if len(seen) == 80:
-                        return
-
-            reading = asyncio.create_task(asyncio.to_thread(read))
+            reading = asyncio.create_task(asyncio.to_thread(client.numbers, 80, seen))
             for number in range(80):
                 if number == 25:  # the chat waits for it from its next frame on
                     client.socket.sendall(client_frame(b"", PONG_FRAME))
@@ -2360,11 +2353,7 @@ def test_requirements_are_enough():
     providers = metadata.packages_distributions()
     for node in ast.walk(ast.parse((HERE / "chat.py").read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = (
-                [node.module]
-                if isinstance(node, ast.ImportFrom)
-                else [each.name for each in node.names]
-            )
+            names = {getattr(node, "module", None) or each.name for each in node.names}
             for name in {each.partition(".")[0] for each in names} - sys.stdlib_module_names:
                 found = set(map(canonicalize_name, providers[name]))
                 assert found & installed or name == "secantus", name
