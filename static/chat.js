@@ -1,21 +1,134 @@
-// The chat page. Follow a message through five functions: connect() opens the WebSocket,
-// publish() shows a message that arrives, send() takes what was typed, transmit() puts it on the
-// WebSocket, and confirm() takes it out of the outbox when the server has stored it.
-
-const RETRY_MIN = 500; // milliseconds until the first attempt to connect again
-const RETRY_MAX = 4_000; // milliseconds until a later attempt, plus up to a quarter
-const CONNECT_TIMEOUT = 4_000; // milliseconds for the server to answer when we connect
-const ANSWER_TIMEOUT = 12_000; // milliseconds for it to store a message, or to find older ones
-const LEFT_DELAY = 2_000; // milliseconds that people must be away before we say that they left
-const SHOWN_MAX = 300; // messages on the page, while the reader is at the bottom
-const NEAR = 60; // pixels from the bottom that still count as the bottom
+// The chat page. The five functions that carry a message come first. The rest is for comfort.
+const ANSWER_TIMEOUT = 4_000; // milliseconds for the server to say that it is there
+const SILENCE_MAX = 35_000; // milliseconds without a word: it says something every 26 seconds
+const SHOWN_MAX = 300; // messages on the page, unless somebody has scrolled up to older ones
 
 const $ = (id) => document.getElementById(id);
-const { user, textMax, pageSize } = $("chat").dataset;
-const [log, list, older, box] = ["log", "messages", "older", "text"].map($);
-const copyOf = (id) => $(id).content.firstElementChild.cloneNode(true);
-const authorOf = (item) => item.querySelector(".name").textContent;
-const dateOf = (item) => new Date(item.querySelector("time").dateTime);
+const { user, textMax } = $("chat").dataset;
+const [log, list, older, box] = [$("log"), $("messages"), $("older"), $("text")];
+let socket = null; // the WebSocket, or null while there is none
+let newest = 0; // the highest number of a message that the page has seen
+const outbox = new Map(); // what is not stored yet: key -> { key, text, failed, item }
+
+// Open the WebSocket. The server sends who is online, and all that is newer than `newest`.
+function connect() {
+  const query = new URLSearchParams({ after: newest, user });
+  const opening = new WebSocket(`${location.origin.replace("http", "ws")}/ws?${query}`);
+  socket = opening;
+  deadline = Date.now() + ANSWER_TIMEOUT;
+  opening.onopen = () => {
+    deadline = Date.now() + SILENCE_MAX;
+    $("connection").textContent = "";
+    outbox.forEach(transmit); // in the order in which they were typed
+  };
+  opening.onmessage = (frame) => {
+    deadline = Date.now() + SILENCE_MAX;
+    retryDelay = 500;
+    for (const event of JSON.parse(frame.data)) attempt(() => handle(event));
+    if (waiting.length > 0) showNew();
+  };
+  opening.onclose = (event) => {
+    if (event.code === 1008) goToLogin();
+    else if (socket === opening) dropConnection();
+  };
+}
+
+// Take what was typed, and put it into the outbox.
+function send(event) {
+  event.preventDefault();
+  const text = box.value.trim();
+  if (text === "" || [...text].length > textMax) return;
+  const number = parseInt([...outbox.keys()].at(-1) ?? "100000") + 1; // a reload sorts by it
+  const random = crypto.getRandomValues(new Uint32Array(4)).join("-");
+  transmit(addToOutbox({ key: `${number}-${random}`, text, failed: "" }));
+  deadline = Math.min(deadline, Date.now() + 12_000); // time enough for a slow database
+  box.value = "";
+  onInput();
+  log.scrollTop = 0; // the bottom
+}
+
+// Send a message, if we are connected. Twice does no harm: the server stores each key once.
+function transmit(message) {
+  if (message.failed || socket?.readyState !== WebSocket.OPEN) return;
+  socket.send(JSON.stringify({ text: message.text, key: message.key }));
+}
+
+// Take a stored message for showNew(), unless the page has it already.
+function publish(message) {
+  confirm(message);
+  if (message.id <= newest) return;
+  newest = message.id;
+  waiting = [...waiting, message].slice(-SHOWN_MAX);
+  if (message.user !== user && (isReading() || document.hidden)) unseen += 1;
+}
+
+// Take a stored message out of the outbox, and out of the browser's storage.
+function confirm(message) {
+  outbox.get(message.key)?.item.remove();
+  outbox.delete(message.key);
+  attempt(() => localStorage.removeItem(outboxName + message.key));
+}
+
+// ---- The connection
+let deadline = Infinity; // something must arrive until then, or the connection is given up
+let retryDelay = 500; // milliseconds until we connect again: it grows to 4 s, plus up to a quarter
+let retryTimer;
+let loggingOut = false; // the button was pressed, which may come to nothing
+let leaving = false; // the session has ended, and another page comes
+// The network has changed, or somebody looks at the page again: is the connection still alive?
+function check() {
+  showNew();
+  if (socket === null) reconnect();
+  if (socket?.readyState !== WebSocket.OPEN) return;
+  socket.send("{}"); // this is no message, so the server answers with an error
+  deadline = Math.min(deadline, Date.now() + ANSWER_TIMEOUT);
+}
+
+// Give up the connection, and try again. The browser itself may take minutes to notice.
+function dropConnection() {
+  socket?.close();
+  socket = null;
+  deadline = Infinity;
+  $("connection").textContent = "Disconnected. Reconnecting…";
+  clearTimeout(retryTimer);
+  retryTimer = setTimeout(reconnect, retryDelay * (1 + Math.random() / 4));
+  retryDelay = Math.min(4_000, retryDelay * 1.6);
+}
+
+// Ask with fetch() first: it can tell that the session has ended, which a refused WebSocket
+// cannot. And after some failures Firefox delays WebSockets, but not this.
+async function reconnect() {
+  if (socket !== null || leaving) return;
+  const answer = await fetchMessages(0, ANSWER_TIMEOUT).catch(() => null);
+  if (socket !== null || leaving) return;
+  if (answer === null) dropConnection();
+  else connect();
+}
+
+// The messages before a number. `user` is for the server: the cookie may be another one's by now.
+async function fetchMessages(before, timeout) {
+  const url = `/messages?${new URLSearchParams({ before, user })}`;
+  const response = await fetch(url, { signal: AbortSignal.timeout(timeout) });
+  if (response.redirected) goToLogin();
+  return (await response.json()).messages; // the page of an error is no JSON: an exception
+}
+
+// The session has ended. Those who have logged out here need not be told.
+function goToLogin() {
+  if (!leaving) location.replace(loggingOut ? "/login" : "/login?ended");
+  leaving = true;
+}
+
+// Do what an event from the server says. Events of unknown types are ignored.
+function handle(event) {
+  if (event.type === "message") return publish(event);
+  if (event.type === "error" && outbox.has(event.key)) mark(outbox.get(event.key), event.text);
+  if (event.type === "online") online = new Set(event.users);
+  if (event.type === "online") shown = new Set(); // who was here before is no news
+  if (event.type === "joined") online.add(event.user);
+  if (event.type === "left") online.delete(event.user);
+  drawTimer ??= setTimeout(drawPeople, event.type === "left" ? 2_000 : 200);
+}
 
 // One bad message must not stop the page, nor a storage that is forbidden or holds nonsense.
 function attempt(action) {
@@ -26,25 +139,35 @@ function attempt(action) {
   }
 }
 
-// ---- One message
+// ---- The look of a message
+const copyOf = (id) => $(id).content.firstElementChild.cloneNode(true); // of a <template>
+const makeItem = (message) => attempt(() => fillIn(copyOf("message"), message)) ?? "";
+const textIn = (item, selector) => item.querySelector(selector).textContent;
+
 // Fill in a copy of the page's <template>, or a message that the server has rendered.
-function fillIn(item, { id, key, user: author, text, time }) {
-  Object.assign(item.dataset, { id, key });
-  item.classList.toggle("mine", author === user);
-  item.querySelector(".text").replaceChildren(...withLinks(text));
+function fillIn(item, message) {
+  const date = new Date(message.time);
   const stamp = item.querySelector("time");
-  stamp.dateTime = time;
-  stamp.textContent = dateOf(item).toLocaleTimeString([], { timeStyle: "short" });
-  return setName(item, author);
+  stamp.dateTime = message.time;
+  stamp.textContent = date.toLocaleTimeString([], { timeStyle: "short" });
+  stamp.title = date.toLocaleString([], { dateStyle: "full", timeStyle: "medium" });
+  item.querySelector(".day").textContent = date.toLocaleDateString([], { dateStyle: "full" });
+  item.querySelector(".text").replaceChildren(...withLinks(message.text));
+  item.classList.toggle("mine", message.user === user);
+  item.dataset.id = message.id;
+  return setName(item, message.user);
 }
 
-// Text and links: what somebody wrote is never parsed as HTML.
+// Letters of all scripts and some signs; punctuation if more follows; brackets that are closed.
+const LINK = /(https?:\/\/(?:[.,:;!?'*]*(?:[\p{L}\p{M}\p{N}/#%&=+~@$|_-]|\(\S*?\)|\[\S*?\]))+)/iu;
+
+// Text and links, in turn. What somebody wrote is never parsed as HTML.
 function withLinks(text) {
-  const parts = text.split(/(https?:\/\/[^\s<>"]*[^\s<>"'.,:;!?()[\]{}])/i);
-  return parts.map((part, index) => {
+  return text.split(LINK).map((part, index) => {
     if (index % 2 === 0) return part; // what stands between the links
-    const link = { href: part, textContent: part, target: "_blank", rel: "noopener nofollow ugc" };
-    return Object.assign(document.createElement("a"), link);
+    const link = copyOf("link");
+    link.href = link.textContent = part;
+    return link;
   });
 }
 
@@ -58,115 +181,73 @@ function setName(item, name) {
   return item;
 }
 
-// Show the day if it is a new one, and the author unless the same person goes on.
-function groupWithPrevious(item) {
-  const previous = item.previousElementSibling;
-  const date = dateOf(item);
-  const sameDay = previous !== null && dateOf(previous).toDateString() === date.toDateString();
-  item.querySelector(".day").textContent = date.toLocaleDateString([], { dateStyle: "full" });
-  item.querySelector(".day").hidden = sameDay;
-  item.classList.toggle("same", sameDay && authorOf(previous) === authorOf(item));
-}
-
-// ---- Reading. The log scrolls upwards: its scrollTop is 0 at the bottom, and negative above
-// (column-reverse in chat.css). So it stays at the bottom by itself, whatever changes above.
-let newest = 0; // the highest number of a message on the page
-
-function publish(message) {
-  confirm(message);
-  if (message.id <= newest) return; // it is on the page already
-  list.append(fillIn(copyOf("message"), message));
-  groupWithPrevious(list.lastElementChild);
-  newest = message.id;
-  $("jump").hidden = false; // toBottom() hides it again
-}
-
-function toBottom() {
-  log.scrollTop = 0;
-  $("jump").hidden = true;
-  while (list.children.length > SHOWN_MAX) {
-    list.firstElementChild.remove(); // or the page would grow without limit
-    groupWithPrevious(list.firstElementChild);
-    older.hidden = false;
+// Show the day where it is a new one, and the author unless the same person goes on.
+function group() {
+  for (const item of list.children) {
+    const previous = item.previousElementSibling;
+    const isSame = (part) => previous !== null && textIn(previous, part) === textIn(item, part);
+    item.querySelector(".day").hidden = isSame(".day");
+    item.classList.toggle("same", isSame(".day") && isSame(".name"));
   }
 }
 
-function onScroll() {
-  if (log.scrollTop > -NEAR) $("jump").hidden = true;
-  if (log.scrollHeight + log.scrollTop < 2 * log.clientHeight && !older.className) loadOlder();
+// ---- Reading. At the bottom, log.scrollTop is 0, and above it is negative (see chat.css).
+let waiting = []; // messages that are to follow those on the page
+let unseen = 0; // how many came while somebody read further up, or looked at another tab
+const isReading = () => log.scrollTop < -60; // further up than at the bottom, more or less
+
+// Put new messages on the page, and do not move what is read. If the page is full, they wait.
+function showNew() {
+  const reading = isReading();
+  const height = log.scrollHeight;
+  if (!reading || list.children.length < SHOWN_MAX) list.append(...waiting.splice(0).map(makeItem));
+  while (!reading && list.children.length > SHOWN_MAX) {
+    list.firstElementChild.remove(); // or the page would grow without limit
+    older.hidden = false;
+  }
+  group();
+  log.scrollTop = reading ? log.scrollTop - (log.scrollHeight - height) : 0;
+  if (!reading && !document.hidden) unseen = 0;
+  $("jump").hidden = !reading || unseen === 0;
+  $("jump").textContent = `New messages (${unseen}) ↓`;
+  document.title = document.title.replace(/^(\(\d+\) )?/, unseen > 0 ? `(${unseen}) ` : "");
 }
 
-// `user` is for the server: somebody else may have logged in at this browser since.
-async function fetchMessages(before, timeout) {
-  const url = `/messages?${new URLSearchParams({ before, user })}`;
-  const response = await fetch(url, { signal: AbortSignal.timeout(timeout) });
-  if (response.redirected) goToLogin();
-  return (await response.json()).messages; // the page of an error is no JSON: an exception
-}
-
+// Put older messages above the others. They may take a minute: 300 KB, over a slow line.
 async function loadOlder(event) {
-  event?.preventDefault(); // the link's URL is for readers without JavaScript
+  event.preventDefault(); // the link's URL is for readers without JavaScript
   if (older.hidden || older.className === "loading") return;
   older.className = "loading";
   const first = list.firstElementChild;
-  const messages = await fetchMessages(first.dataset.id, ANSWER_TIMEOUT).catch(() => null);
-  older.className = messages ? "" : "failed"; // after a failure, only when asked
-  if (!messages || first !== list.firstElementChild) return; // or toBottom() has removed it
+  const messages = await fetchMessages(first.dataset.id, 60_000).catch(() => null);
+  older.className = messages === null ? "failed" : ""; // after a failure, only when asked
+  if (messages === null || first !== list.firstElementChild) return; // or showNew() removed it
   log.setAttribute("aria-live", "off"); // a screen reader need not read these out
   setTimeout(() => log.removeAttribute("aria-live"), 500);
-  list.prepend(...messages.map((each) => attempt(() => fillIn(copyOf("message"), each)) ?? ""));
-  [...list.children].slice(0, messages.length + 1).forEach(groupWithPrevious);
-  older.hidden = messages.length < pageSize || messages[0].id === 1;
+  list.prepend(...messages.map(makeItem));
+  group();
+  older.hidden = messages.length === 0 || messages[0].id === 1;
 }
 
-// ---- Writing. A message waits in the outbox, and in the browser's storage, until the server
-// has stored it. To send it twice does no harm: the server stores each key once.
-const outbox = new Map(); // key -> { key, text, failed, item }
+// ---- Writing. A message waits in the outbox, and in the browser's storage, until it is stored.
 const outboxName = `unsent ${user} `; // and the key: the name of a message in the storage
 const draftName = `draft ${user}`;
 const load = (name) => attempt(() => JSON.parse(localStorage.getItem(name)));
 const save = (name, value) => attempt(() => localStorage.setItem(name, JSON.stringify(value)));
 
-function send(event) {
-  event.preventDefault();
-  const text = box.value.trim();
-  if (text === "" || [...text].length > textMax) return;
-  const key = `${Date.now()}-${crypto.getRandomValues(new Uint32Array(4)).join("-")}`; // sortable
-  transmit(addToOutbox({ key, text, failed: "" }));
-  box.value = "";
-  onInput();
-  toBottom();
-}
-
-function transmit(message) {
-  if (message.failed || socket?.readyState !== WebSocket.OPEN) return;
-  socket.send(JSON.stringify({ text: message.text, key: message.key }));
-  // No answer at all, not even an error: the connection is dead, but the browser does not know.
-  const usedSocket = socket;
-  setTimeout(() => {
-    if (outbox.has(message.key) && !message.failed && socket === usedSocket) dropConnection();
-  }, ANSWER_TIMEOUT);
-}
-
-function confirm({ key, user: author }) {
-  if (author !== user) return;
-  outbox.get(key)?.item.remove();
-  outbox.delete(key);
-  attempt(() => localStorage.removeItem(outboxName + key));
-}
-
+// Show an unsent message below the others, and keep it in the browser's storage.
 function addToOutbox(message) {
   message.item = copyOf("unsent-message");
   message.item.querySelector(".text").textContent = message.text;
   outbox.set(message.key, message);
   $("unsent").append(message.item);
   const [again, edit] = message.item.querySelectorAll("button");
-  again.addEventListener("click", () => transmit(mark(message, "")));
-  edit.addEventListener("click", () => {
-    confirm({ key: message.key, user });
+  again.onclick = () => transmit(mark(message, ""));
+  edit.onclick = () => {
+    confirm(message);
     box.value = `${message.text}\n${box.value}`.trimEnd();
     onInput();
-  });
+  };
   return mark(message, message.failed);
 }
 
@@ -179,152 +260,71 @@ function mark(message, failed) {
   return message;
 }
 
+// Keep the draft, say how much room is left, and make the box as high as its text.
 function onInput() {
+  if (box.value.length > box.maxLength) box.value = box.value.slice(0, box.maxLength);
   save(draftName, box.value);
   const left = textMax - [...box.value.trim()].length; // code points, as the server counts
   $("counter").textContent = left < 200 ? `Characters left: ${left}` : "";
   box.setAttribute("aria-invalid", left < 0);
-  if (CSS.supports("field-sizing", "content")) return; // the box is as high as its text
   box.style.height = "auto";
   box.style.height = `${box.scrollHeight + 2}px`; // and its border
 }
 
-// ---- The connection
-let socket = null;
-let timer; // gives up connecting, or tries again
-let retryDelay = RETRY_MIN;
-let leaving = false; // the session has ended, or is about to
-
-function connect() {
-  const query = new URLSearchParams({ after: newest, user }); // we are sent all that is newer
-  const opening = new WebSocket(`${location.origin.replace("http", "ws")}/ws?${query}`);
-  socket = opening;
-  clearTimeout(timer);
-  timer = setTimeout(dropConnection, CONNECT_TIMEOUT);
-  socket.addEventListener("open", () => {
-    clearTimeout(timer);
-    $("connection").textContent = "";
-    outbox.forEach(transmit); // in the order in which they were typed
-  });
-  socket.addEventListener("message", ({ data }) => {
-    const height = log.scrollHeight;
-    for (const event of JSON.parse(data)) attempt(() => handlers[event.type]?.(event));
-    if (log.scrollTop > -NEAR) toBottom();
-    else log.scrollTop -= log.scrollHeight - height; // do not move what somebody reads
-  });
-  socket.addEventListener("close", ({ code }) => {
-    if (code === 1008) goToLogin();
-    else if (socket === opening) dropConnection();
-  });
-}
-
-// Give up the connection, and try again. The browser itself may take minutes to notice.
-function dropConnection() {
-  socket?.close();
-  socket = null;
-  $("connection").textContent = "Disconnected. Reconnecting…";
-  clearTimeout(timer);
-  timer = setTimeout(reconnect, retryDelay * (1 + Math.random() / 4));
-  retryDelay = Math.min(RETRY_MAX, retryDelay * 1.6);
-}
-
-// Ask with fetch() first: it can tell that the session has ended, which a refused WebSocket
-// cannot. And after some failures Firefox delays WebSockets, but not this.
-async function reconnect() {
-  if (socket || leaving) return;
-  const answer = await fetchMessages(0, CONNECT_TIMEOUT).catch(() => null);
-  if (socket || leaving) return;
-  if (answer) connect();
-  else dropConnection();
-}
-
-function goToLogin() {
-  if (!leaving) location.replace("/login?ended");
-  leaving = true;
-}
-
 // ---- People
 let online = new Set(); // who is connected
-let shown = new Set(); // whom the page shows: also those who left a moment ago
-
-function showOnline(news) {
+let shown = new Set(); // whom the page shows
+let drawTimer = null; // so a thousand who come at once are drawn at once
+// Draw the list. (Who reloads the page leaves and joins within two seconds: that is no news.)
+function drawPeople() {
+  drawTimer = null;
+  const joined = [...online].find((name) => !shown.has(name));
+  const left = [...shown].find((name) => !online.has(name));
+  if (joined === undefined && left === undefined) return;
+  if (shown.size > 0) $("news").textContent = joined ? `${joined} joined` : `${left} left`;
+  shown = new Set(online);
   $("online").replaceChildren(...[...shown].sort().map((name) => setName(copyOf("person"), name)));
   for (const count of document.querySelectorAll(".count")) count.textContent = shown.size;
-  $("news").textContent = news;
 }
 
-const handlers = {
-  message: publish,
-  error: ({ key, text }) => outbox.has(key) && mark(outbox.get(key), text),
-  online({ users }) {
-    retryDelay = RETRY_MIN;
-    online = new Set(users);
-    shown = new Set(users);
-    showOnline("");
-  },
-  joined({ user: name }) {
-    online.add(name);
-    if (shown.has(name)) return;
-    shown.add(name);
-    showOnline(`${name} joined`);
-  },
-  // Somebody who reloads the page leaves and joins at once. Nobody needs to know.
-  left({ user: name }) {
-    online.delete(name);
-    setTimeout(() => {
-      if (!online.has(name) && shown.delete(name)) showOnline(`${name} left`);
-    }, LEFT_DELAY);
-  },
-};
-
-// ---- Start, and take over the messages that the server has rendered
-function adopt(item) {
-  const time = item.querySelector("time").dateTime;
-  const message = { ...item.dataset, user: authorOf(item), time };
+if (location.search) location.replace("/"); // ?before= is for readers without JavaScript
+for (const name of (attempt(() => Object.keys(localStorage)) ?? []).sort()) {
+  const message = { failed: "", ...load(name), key: name.slice(outboxName.length) };
+  if (name.startsWith(outboxName) && typeof message.text === "string") addToOutbox(message);
+}
+for (const item of list.children) { // the server has rendered these
+  const message = { ...item.dataset, user: textIn(item, ".name"), text: textIn(item, ".text") };
+  message.time = item.querySelector("time").dateTime;
   newest = Number(message.id);
   confirm(message);
-  fillIn(item, { ...message, text: item.querySelector(".text").textContent });
-  groupWithPrevious(item);
+  attempt(() => fillIn(item, message));
 }
-
-$("write").addEventListener("submit", send);
-box.addEventListener("keydown", (event) => {
+const draft = load(draftName);
+if (typeof draft === "string") box.value = draft + box.value; // that was typed already
+onInput();
+group();
+connect();
+$("write").onsubmit = send;
+$("write").querySelector("button").disabled = false;
+box.oninput = window.onresize = onInput;
+box.onkeydown = (event) => {
   const isComposing = event.isComposing || event.keyCode === 229; // an input method is in use
   if (event.key === "Enter" && !event.shiftKey && !isComposing) send(event);
-});
-box.addEventListener("input", onInput);
-older.addEventListener("click", loadOlder);
-log.addEventListener("scroll", onScroll);
-$("jump").addEventListener("click", toBottom);
-document.querySelector("main").addEventListener("click", ({ target }) => {
-  if (target.matches("button")) box.focus();
-});
-document.querySelector("header form").addEventListener("submit", () => {
-  leaving = true;
-});
-addEventListener("resize", onInput);
-addEventListener("online", reconnect);
-addEventListener("offline", dropConnection);
-document.addEventListener("visibilitychange", reconnect);
+};
+older.onclick = loadOlder;
+log.onscroll = (event) => {
+  if (log.scrollTop > -1) showNew();
+  const isNearTop = log.scrollHeight + log.scrollTop < 2 * log.clientHeight;
+  if (isNearTop && older.className === "") loadOlder(event);
+};
+$("jump").onclick = () => (log.scrollTop = 0);
+$("main").onclick = (event) => { if (event.target.matches("button")) box.focus(); };
+document.querySelector("header form").onsubmit = () => (loggingOut = true);
+document.onvisibilitychange = window.ononline = window.onoffline = check;
 // Ask before the page is closed if the storage could not keep what is not sent yet.
-addEventListener("beforeunload", (event) => {
-  const isKept = ({ key }) => Boolean(load(outboxName + key));
+window.onbeforeunload = (event) => {
+  const isKept = (message) => load(outboxName + message.key);
   const allKept = (load(draftName) ?? "") === box.value && [...outbox.values()].every(isKept);
   if (!allKept && !leaving) event.preventDefault();
-});
-// ?before= is for readers without JavaScript. With it, the page shows the newest messages.
-if (location.search) {
-  location.replace("/");
-} else {
-  const names = attempt(() => Object.keys(localStorage)) ?? [];
-  for (const name of names.filter((name) => name.startsWith(outboxName)).sort()) {
-    const { text, failed = "" } = load(name) ?? {};
-    if (typeof text === "string") addToOutbox({ key: name.slice(outboxName.length), text, failed });
-  }
-  for (const item of list.children) attempt(() => adopt(item));
-  const draft = load(draftName);
-  if (typeof draft === "string") box.value = draft + box.value; // that was typed already
-  onInput();
-  connect();
-  $("write").querySelector("button").disabled = false;
-}
+};
+setInterval(() => Date.now() > deadline && dropConnection(), 500);
