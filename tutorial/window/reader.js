@@ -3,7 +3,15 @@
 
 const $ = (selector) => document.querySelector(selector);
 const all = (selector) => [...document.querySelectorAll(selector)];
-const targetOf = (link) => document.getElementById(decodeURIComponent(link.hash.slice(1)));
+
+// The element that a link, or the address, leads to; null if there is none.
+function targetOf(link) {
+  try {
+    return document.getElementById(decodeURIComponent(link.hash.slice(1)));
+  } catch {
+    return null; // "#100%" is no valid fragment
+  }
+}
 
 const main = $("main"), pane = $("#files"), divider = $("#divider");
 const chapters = all("article");
@@ -28,11 +36,12 @@ function remember(key, value) {
   } catch {}
 }
 
-function recall(key, otherwise) {
+// Another page of this site may have put anything under our names.
+function recall(key) {
   try {
-    return JSON.parse(localStorage.getItem(`tutorial-${key}`)) ?? otherwise;
+    return JSON.parse(localStorage.getItem(`tutorial-${key}`));
   } catch {
-    return otherwise;
+    return null;
   }
 }
 
@@ -162,7 +171,8 @@ const isAbove = (element, y) =>
   element.checkVisibility() && element.getBoundingClientRect().top <= y;
 const eyes = () => innerHeight * 0.4; // more or less
 const isBefore = (a, b) => a.compareDocumentPosition(b) & Node.DOCUMENT_POSITION_FOLLOWING;
-const read = new Set(recall("read", []));
+const stored = recall("read");
+const read = new Set(Array.isArray(stored) ? stored : []);
 
 function setCurrent(menu, target) {
   const link = menu.querySelector(`a[href="#${target.id}"]`);
@@ -311,8 +321,14 @@ for (const block of navigator.clipboard ? all(".sh") : []) {
   const reset = () => (button.textContent = "Copy");
   button.className = "copy";
   button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(block.querySelector("pre").textContent);
-    button.textContent = "Copied";
+    const pre = block.querySelector("pre");
+    try {
+      await navigator.clipboard.writeText(pre.textContent);
+      button.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(pre); // the browser refuses, but the reader can
+      button.textContent = "Press Ctrl+C";
+    }
     setTimeout(reset, 2000);
   });
   reset();
@@ -330,7 +346,7 @@ new ResizeObserver(letScroll).observe(main); // it looks once at the start, too
 
 // ---- The start: where the address says, or where the reader was
 
-if (recall("width")) divide(recall("width"));
+if (Number.isFinite(recall("width"))) divide(recall("width"));
 for (const chapter of chapters) if (read.has(chapter.id)) tick(chapter);
 if (history.state) {
   restore(history.state);
@@ -341,7 +357,7 @@ if (history.state) {
   if (back) targetOf(back).scrollIntoView();
   go(target);
 } else {
-  document.getElementById(recall("heading", chapters[0].id))?.scrollIntoView();
+  document.getElementById(recall("heading") ?? chapters[0].id)?.scrollIntoView();
   focus(main);
 }
 onScroll();
