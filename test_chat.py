@@ -74,7 +74,6 @@ from parts import (
 )
 from playwright.async_api import expect
 
-
 # ---------------------------------------------------------------------------
 # The promises to begin with. (The one about the database is further down.)
 # ---------------------------------------------------------------------------
