@@ -352,22 +352,6 @@ class Person:
                 await asyncio.sleep(random.uniform(0, 0.3))
 
 
-class Twin(Person):
-    """One more connection of somebody, with lists of its own."""
-
-    def __init__(self, person):
-        super().__init__(person.chat, person.login)
-        self.http = person.http
-
-
-@contextlib.asynccontextmanager
-async def twins(person, count):
-    them = [Twin(person) for _ in range(count)]
-    await asyncio.gather(*(each.connect("") for each in them))
-    yield them
-    await asyncio.gather(*(each.stop_reading() for each in them))
-
-
 @contextlib.asynccontextmanager
 async def people(chat, *logins):
     """Several people who have signed up."""

@@ -1,4 +1,4 @@
-"""The chat that everybody writes first. Chapter 1 breaks it, and the other chapters mend it."""
+"""The chat that everybody writes first. Chapter 1 breaks it, and the other chapters repair it."""
 
 import sys
 
