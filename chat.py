@@ -24,8 +24,8 @@ has deleted a message by hand.)
 # 1. Introduction
 # ---------------------------------------------------------------------------
 # aiohttp is the web server, and Motor is the driver for MongoDB. Motor is deprecated, but many
-# programs use it, and this one was to use it, too. PyMongo, on which Motor is built, now has an
-# asynchronous client of its own, which takes nearly the same calls.
+# programs use it. PyMongo, on which Motor is built, now has an asynchronous client of its own,
+# which takes nearly the same calls.
 
 import asyncio
 import fcntl
@@ -124,8 +124,7 @@ def routes() -> list[web.AbstractRouteDef]:
     ]
 
 
-# All others require a login. The set names what is public, not what is private: a route that
-# somebody adds and forgets here is closed, not open (deny by default).
+# Other routes require a login, even one that somebody adds and forgets here (deny by default).
 PUBLIC_ROUTES = {"login", "signup", "static"}
 
 # ---------------------------------------------------------------------------
@@ -152,7 +151,7 @@ async def older_messages(request: web.Request) -> web.Response:
 
 
 def parse_number(text: str) -> int:
-    """The number in a query parameter, or 0 if it is negative. Raise 400 if it is no number."""
+    """The number in a query parameter. A negative one counts as 0. Raise 400 if it is none."""
     if not re.fullmatch("-?[0-9]{1,100}", text):  # int() would also accept " 1_0"
         raise web.HTTPBadRequest(text="The URL needs a valid message number.")
     return max(0, int(text))
@@ -169,9 +168,8 @@ def to_json(value: Any) -> str:
 
 
 # ------ The WebSocket ------
-# A simple chat has one loop for each connection: it reads a message, and sends it to all
-# clients. Then everybody waits for the slowest. Here each connection has two loops: read_pump()
-# reads what its client sends, and write_pump() sends its client what it has not seen yet.
+# Each connection has two loops: read_pump() reads what its client sends, and write_pump() sends
+# its client what it has not seen yet. In one loop, everybody would wait for the slowest client.
 
 
 @dataclass(eq=False, slots=True)  # a client is equal only to itself, so it can be in a set
@@ -243,12 +241,12 @@ async def read_pump(room: "Room", client: Client) -> None:
     """Handle what a client sends, one frame after the other, until the connection is closed."""
     async for frame in client.ws:
         # `async for` lets other tasks run only if it has to wait. From a client that sends without
-        # pause, the next frame is always there. Without this line, it would stop everybody.
+        # pause, the next frame is always there. Without this line, all others would wait.
         await asyncio.sleep(0)
         if frame.type is WSMsgType.TEXT and client.end_id == sys.maxsize:  # not after end()
             reply = await handle_text(room, client, frame.data)
-            # The reply is an error (without "id"), or the message stored before under this key.
-            # If write_pump() has yet to send that one (above sent_id), do not send it here, too.
+            # The reply is an error (it has no "id"), or the message stored before under this key.
+            # Leave that one to write_pump() if it is still to come (above sent_id).
             if reply is not None and reply.get("id", 0) <= client.sent_id:
                 await client.ws.send_str(to_json([reply]))
         elif frame.type is WSMsgType.PING:
@@ -261,8 +259,7 @@ async def write_pump(room: "Room", client: Client) -> NoReturn:
     """Send a client who is online, and every message after `sent_id`, as fast as it reads.
 
     Nothing is kept for a client that reads slowly: the next messages wait in the room and in
-    the database, not in a queue. So it delays nobody else. And for a client that comes back
-    after a week the work is the same as for one that has read everything: send what is next.
+    the database, not in a queue. So it delays nobody else.
     """
     online = room.online  # a frozenset: when people come or go, the room has another one
     frame = to_json([{"type": "online", "users": sorted(online)}]).encode()
@@ -296,8 +293,7 @@ async def handle_text(room: "Room", client: Client, data: str) -> ChatEvent | No
     """Store the message that a client sent. Return what only this client is to be told.
 
     If all went well, this is None: the message comes back to its sender as it comes to everybody,
-    and its key says that it is stored. Until then we read nothing more from this client: if it
-    sends faster than the database stores, it is slowed down, and loses nothing (backpressure).
+    and its key says that it is stored.
     """
     # Never trust what comes from outside: all of this may be anything that JSON can
     # express, for example a list where we expect a string.
@@ -311,7 +307,7 @@ async def handle_text(room: "Room", client: Client, data: str) -> ChatEvent | No
     text_is_valid = is_valid_text(text) and 1 <= len(text.strip()) <= TEXT_MAX
     key_is_valid = key is None or (is_valid_text(key) and 1 <= len(key) <= 64)
     if text_is_valid and key_is_valid:
-        # (2) Wait until the message is stored.
+        # (2) Meanwhile, nothing more is read from this client (backpressure).
         return await room.post(client.session["user"], text.strip(), key)
     error = {"type": "error", "text": INVALID_MESSAGE}
     # The key tells the client which of its messages this is about.
@@ -326,8 +322,7 @@ def is_valid_text(value: Any) -> bool:
 # ---------------------------------------------------------------------------
 # 5. Middlewares
 # ---------------------------------------------------------------------------
-# Here is the code that every page needs, so no handler can forget it. A
-# middleware may answer the request itself, or pass it on, and it sees the
+# A middleware may answer the request itself, or pass it on, and it sees the
 # response on its way back.
 
 
@@ -339,7 +334,7 @@ async def error_pages(request: web.Request, handler: Handler) -> web.StreamRespo
     try:
         if HTTPS and last_forwarded(request, "X-Forwarded-Proto") == "http":
             raise web.HTTPPermanentRedirect(f"https://{request.host}{request.path_qs}")
-        if len(request.rel_url.raw_path) > 255:  # with such a file name, open() fails: error 500
+        if len(request.rel_url.raw_path) > 255:  # open() would fail with such a file name
             raise web.HTTPNotFound
         return await handler(request)
     except web.HTTPException as raised:
@@ -367,9 +362,8 @@ def last_forwarded(request: web.Request, name: str) -> str:
 async def check_origin(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Refuse what pages of other sites send: cross-site request forgery (CSRF).
 
-    The browser may send our cookie with such a request. Only the Origin header shows which
-    site's page made it. The WebSocket needs this check most, because a page of any site may
-    open a WebSocket to any server. A client that sends no Origin is not a browser.
+    The WebSocket needs this check most, because a page of any site may open a WebSocket to any
+    server. A client that sends no Origin is not a browser.
     """
     own_origin = f"{'https' if HTTPS else 'http'}://{request.host}"
     # By convention, GET only reads. But a WebSocket begins with GET, too.
@@ -426,10 +420,7 @@ async def authorize(request: web.Request, handler: Handler) -> web.StreamRespons
 
 
 async def is_logged_in(request: web.Request) -> bool:
-    """Whether the request has a session, and nobody has logged out of it.
-
-    Logging out deletes the cookie in one browser. But somebody may have stolen a copy.
-    """
+    """Whether the request has a session, and nobody has logged out of it."""
     session = request["session"]
     revoked_sessions = request.app[ROOM].db.revoked_sessions
     async with asyncio.timeout(DATABASE_TIMEOUT):
@@ -463,7 +454,7 @@ SECURITY_HEADERS = {
 
 
 async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Add headers to every response. Middlewares see a WebSocket's only when it is closed."""
+    """Add headers to every response. For a WebSocket's, a middleware would be too late."""
     response.headers.update(SECURITY_HEADERS)
     response.headers["Cache-Control"] = cache_control(request, response.status)
     # HSTS: for a year, the browser uses only HTTPS for this site.
@@ -638,7 +629,7 @@ class Room:
         self.under_way: list[str] = []  # see limit_requests()
         self.elsewhere: set[str] = set()  # the users who are connected to other processes
         self.online: frozenset[str] = frozenset()  # all users, here and elsewhere
-        self.announced = self.online  # what wake() last announced; enter() changes only `online`
+        self.announced = self.online  # the last `online` that woke the pumps (enter() does not)
         # What the clients may see:
         self.newest_id = newest_id
         self.recent: list[ChatEvent] = []  # the newest messages, up to newest_id
@@ -676,7 +667,8 @@ class Room:
             return b"[]"
         if not self.recent or client.sent_id + 1 < self.recent[0]["id"]:
             return await self.older_frame(client)
-        # Many clients lack the same messages. These are encoded once for all of them.
+        # Many clients lack the same messages: encode them once for all. (To encode thousands at
+        # once would hold up everybody, so take 500.)
         if client.sent_id not in self.frames:
             missing = [event for event in self.recent if event["id"] > client.sent_id]
             self.frames[client.sent_id] = to_frame(missing[:500])
@@ -699,8 +691,8 @@ class Room:
         """Publish what was stored after the last message that was published."""
         while page := await read_messages(self.db, self.newest_id + 1, self.newest_id + PAGE_SIZE):
             if page[0]["id"] > self.newest_id + 1 or page[-1]["id"] - page[0]["id"] >= len(page):
-                # A number is missing: the query looked it up just before it was inserted, and a
-                # later one just after. Ask again: now it is there, or it was deleted by hand.
+                # A number is missing. While others insert, a query may miss one and find a later
+                # one. Ask again: what is still missing was deleted by hand.
                 page = await read_messages(self.db, self.newest_id + 1, page[-1]["id"])
             self.publish(page)
 
@@ -732,14 +724,10 @@ class Room:
         return message.reply
 
     async def write_batch(self) -> None:
-        """Take all messages that wait, and store them together (group commit).
-
-        While one batch is being stored, the next messages gather. So the batches grow when many
-        people write, and a single message is stored right away.
-        """
+        """Take all messages that wait, and store them together (group commit)."""
         async with self.lock:
             # First let the other tasks run, so that what has just arrived is still in this batch.
-            # (With four turns of the event loop, a load test stored a fifth more messages.)
+            # (Four turns are measured: with fewer, fewer messages were stored; with twelve, no more.)
             for _ in range(4):
                 await asyncio.sleep(0)
             # No `await` in the next three lines: a message belongs to this batch or to
@@ -755,8 +743,7 @@ class Room:
                     await self.store(batch)
             except (PyMongoError, TimeoutError) as error:
                 log.error("%d messages are perhaps not stored: %s", len(batch), describe(error))
-                # Refuse everything for a second. Otherwise each message would wait for the
-                # same error, one after the other (a circuit breaker).
+                # Refuse everything for a second (a circuit breaker).
                 self.retry_at = monotonic() + 1
             # This process knows the next free number before the others do, so without a pause it
             # would always take it. Leave them as much time as we took (fairness).
@@ -767,13 +754,12 @@ class Room:
         """Store and publish a batch. If a message is refused, go on with the rest.
 
         No number is reserved before. If another process was faster, MongoDB refuses ours,
-        because `_id` is unique. Then we read what is new, and take the next numbers (optimistic
-        concurrency). So the index of `_id` is the only lock between the processes.
+        because `_id` is unique (optimistic concurrency).
         """
         while batch:
             for number, message in enumerate(batch, self.newest_id + 1):
                 message.document.update(_id=number, time=datetime.now(UTC))
-            refusal: dict[str, Any] = {"index": len(batch)}  # nothing is refused: all are stored
+            refusal: dict[str, Any] = {"index": len(batch)}  # unless the insert says otherwise
             try:
                 # (3) One insert for all of them. It stops at the first one that is refused.
                 await self.db.messages.insert_many([message.document for message in batch])
@@ -850,7 +836,7 @@ async def resync(room: Room) -> None:
     """Every second: see which sessions have ended, and what watch_messages() may have missed."""
     ids = [client.session["id"] for client in room.clients]
     revoked = {doc["_id"] async for doc in room.db.revoked_sessions.find({"_id": {"$in": ids}})}
-    await room.catch_up()  # no `await` from here on, so no sent_id can rise above newest_id
+    await room.catch_up()  # no `await` from here on: no newer client can enter in between
     # After a restart with an older backup, an open page may show messages that are gone. It is
     # treated like an ended session: the page goes to the login, and from there to a new page.
     ended = [c for c in room.clients if c.session["id"] in revoked or c.sent_id > room.newest_id]
@@ -859,7 +845,7 @@ async def resync(room: Room) -> None:
 
 
 async def keep_alive(room: Room) -> None:
-    """Every 25 s or so, send each client something, so that its page knows that it is connected.
+    """Every 26 s, send each client something, so that its page knows that it is connected.
 
     The pings of the WebSocket tell the server the same, but JavaScript cannot see them.
     """
@@ -1004,13 +990,10 @@ async def sign_up(request: web.Request) -> web.StreamResponse:
         return render_form(request, "login", login=login)
     if not 8 <= len(password) <= 200:
         return render_form(request, "password", login=login)
-    # Only the hash is stored. A thief of the database must still guess each
-    # password, and each guess takes as long as this call.
     password_hash = await in_thread(hash_password, password)
     # "login" is what others see, and "_id" what logins are compared by.
     user = {"_id": normalize_login(login), "login": login, "password": password_hash}
-    # Checking first would be a race: somebody may take the login before our
-    # insert. The unique `_id` decides.
+    # The unique `_id` decides whether the login is taken. To ask first would be a race.
     try:
         await request["db"].users.insert_one(user)
     except DuplicateKeyError:
@@ -1025,8 +1008,8 @@ FAILED_LOGINS_WINDOW = timedelta(minutes=5)  # for ten wrong passwords for one l
 async def authenticate(request: web.Request, login: str, password: str, error: str) -> web.Response:
     """Start a session if the password is right. Else, show the form with this error."""
     db = request["db"]
-    # Count this attempt before the password is checked, so that guesses which are sent at once
-    # count, too, on all processes (rate limiting). A right password takes it back, below.
+    # Count this attempt before the password is checked. A right password takes it back, below.
+    # $setOnInsert sets these fields only if the document is new.
     now = datetime.now(UTC)
     attempts = {"_id": f"{normalize_login(login)} {client_address(request)}"}
     # MongoDB itself deletes what has expired only once a minute.
@@ -1040,8 +1023,8 @@ async def authenticate(request: web.Request, login: str, password: str, error: s
         page.headers["Retry-After"] = str(int(FAILED_LOGINS_WINDOW.total_seconds()))
         return page
     user = await db.users.find_one({"_id": normalize_login(login)})
-    # For an unknown login, check the password against a hash that nothing matches. A faster
-    # answer would tell which logins exist (a timing attack).
+    # For an unknown login, check the password against a hash that nothing matches: this takes
+    # as long as for a known one.
     password_hash = DUMMY_HASH if user is None else user["password"]
     try:
         await in_thread(Argon2id.verify_phc_encoded, password.encode(), password_hash)
@@ -1112,8 +1095,7 @@ DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 # ---------------------------------------------------------------------------
 # 9. Static
 # ---------------------------------------------------------------------------
-# Browsers keep the CSS and the JavaScript for a year. When the content of a
-# file changes, so does its URL (cache busting).
+# Browsers keep the CSS and the JavaScript for a year, each under a URL that changes with it.
 
 
 def cache_control(request: web.Request, status: int) -> str:
@@ -1178,8 +1160,8 @@ def is_not_bad_http(record: logging.LogRecord) -> bool:
 
 async def shut_down(app: web.Application) -> None:
     """Graceful shutdown: store what is being stored, then close all WebSockets (code 1001)."""
-    # One signal is enough: ignore others. (First remove aiohttp's handlers: when aiohttp does it
-    # itself, later, that resets the signals.)
+    # Ignore further signals. (First remove aiohttp's handlers. Removed later, by aiohttp, they
+    # would undo SIG_IGN.)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Mallory sends nonsense without pause. Can Ann still chat? (With a chat of its own.)"""
+"""Mallory sends nonsense without pause, four times. Can Ann still chat? (With a chat of its own.)"""
 
 import asyncio
 import time
@@ -25,8 +25,8 @@ async def main():
         sign_up("Ann", url) as ann,
     ):
         ws = await ann.ws_connect("/ws")
-        flooding = await mallory.ws_connect("/ws")
-        tasks = [asyncio.create_task(each(flooding)) for each in (flood, read)]
+        floods = [await mallory.ws_connect("/ws") for _ in range(4)]
+        tasks = [asyncio.create_task(each(ws)) for ws in floods for each in (flood, read)]
         seen, slowest = 0, 0.0
         try:
             while seen < 20:
