@@ -272,9 +272,11 @@ def section(path: Path, links: dict[str, dict[str, str]]) -> str:
 
 
 def entry(id: str, title: str, parts: Iterable[tuple[str, str]] = ()) -> str:
-    """An entry of a table of contents, with those of its parts."""
+    """An entry of a table of contents, with those of its parts, and how long a chapter takes."""
     inner = "".join(entry(*part) for part in parts)
-    return f'<li><a href="#{id}">{escape(title)}</a>{inner and f"<ol>{inner}</ol>"}</li>\n'
+    time = re.search(rf"\({id}\.md\) \| (\d+)", (TUTORIAL / "README.md").read_text())
+    minutes = f" <small>{time[1]} min</small>" if time else ""
+    return f'<li><a href="#{id}">{escape(title)}{minutes}</a>{inner and f"<ol>{inner}</ol>"}</li>\n'
 
 
 def page() -> str:
