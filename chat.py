@@ -229,8 +229,10 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     finally:
         # Whatever happened: a client that stayed in the room would never be offline.
         room.clients.discard(client)
-        # close() would wait for a client that reads nothing. After 20 s, cut off what is left.
-        asyncio.get_running_loop().call_later(20, transport.abort)
+        # Some clients do not answer the close frame, and at the end of the program (GOING_AWAY),
+        # aiohttp reads no answers any more. So do not wait for ever.
+        seconds = 0.5 if client.close_code is WSCloseCode.GOING_AWAY else 20
+        asyncio.get_running_loop().call_later(seconds, transport.abort)
         # Send the close frame, whose code tells the reason, and wait for the client's answer.
         # https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
         await ws.close(code=client.close_code)
@@ -246,7 +248,7 @@ async def read_pump(room: "Room", client: Client) -> None:
         if frame.type is WSMsgType.TEXT and client.end_id == sys.maxsize:  # not after end()
             reply = await handle_text(room, client, frame.data)
             # The reply is an error (it has no "id"), or the message stored before under this key.
-            # Leave that one to write_pump() if it is still to come (above sent_id).
+            # If that message is above sent_id, write_pump() will send it.
             if reply is not None and reply.get("id", 0) <= client.sent_id:
                 await client.ws.send_str(to_json([reply]))
         elif frame.type is WSMsgType.PING:
@@ -629,7 +631,7 @@ class Room:
         self.under_way: list[str] = []  # see limit_requests()
         self.elsewhere: set[str] = set()  # the users who are connected to other processes
         self.online: frozenset[str] = frozenset()  # all users, here and elsewhere
-        self.announced = self.online  # the last `online` that woke the pumps (enter() does not)
+        self.announced = self.online  # `online` when the pumps last woke: enter() wakes none
         # What the clients may see:
         self.newest_id = newest_id
         self.recent: list[ChatEvent] = []  # the newest messages, up to newest_id
@@ -691,8 +693,8 @@ class Room:
         """Publish what was stored after the last message that was published."""
         while page := await read_messages(self.db, self.newest_id + 1, self.newest_id + PAGE_SIZE):
             if page[0]["id"] > self.newest_id + 1 or page[-1]["id"] - page[0]["id"] >= len(page):
-                # A number is missing. While others insert, a query may miss one and find a later
-                # one. Ask again: what is still missing was deleted by hand.
+                # A number is missing. A query is no snapshot: it may miss an insert and find a
+                # later one. Ask again: what is still missing was deleted by hand.
                 page = await read_messages(self.db, self.newest_id + 1, page[-1]["id"])
             self.publish(page)
 
@@ -836,7 +838,7 @@ async def resync(room: Room) -> None:
     """Every second: see which sessions have ended, and what watch_messages() may have missed."""
     ids = [client.session["id"] for client in room.clients]
     revoked = {doc["_id"] async for doc in room.db.revoked_sessions.find({"_id": {"$in": ids}})}
-    await room.catch_up()  # no `await` from here on: no newer client can enter in between
+    await room.catch_up()  # then no `await`: a client that enters may have seen more
     # After a restart with an older backup, an open page may show messages that are gone. It is
     # treated like an ended session: the page goes to the login, and from there to a new page.
     ended = [c for c in room.clients if c.session["id"] in revoked or c.sent_id > room.newest_id]
@@ -849,7 +851,7 @@ async def keep_alive(room: Room) -> None:
 
     The pings of the WebSocket tell the server the same, but JavaScript cannot see them.
     """
-    await asyncio.sleep(25)
+    await asyncio.sleep(25)  # and keep_running() waits for another second
     room.wake()  # a write pump that has nothing to send sends an empty array
 
 
@@ -1160,8 +1162,8 @@ def is_not_bad_http(record: logging.LogRecord) -> bool:
 
 async def shut_down(app: web.Application) -> None:
     """Graceful shutdown: store what is being stored, then close all WebSockets (code 1001)."""
-    # Ignore further signals. (First remove aiohttp's handlers. Removed later, by aiohttp, they
-    # would undo SIG_IGN.)
+    # Ignore further signals. (First remove aiohttp's handlers. If aiohttp did it later, that would
+    # undo SIG_IGN.)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)

@@ -862,6 +862,21 @@ async def test_clean_end(mongo, house, local):
             assert {int(key) for key in person.own} == kept and 0 < len(kept) <= count
 
 
+PATIENT = """run_app = chat.web.run_app
+chat.web.run_app = lambda *args, **options: run_app(*args, **options | {"shutdown_timeout": 60})"""
+
+
+@asynchronous
+async def test_the_end_waits_for_no_browser(mongo):
+    """After the close, a browser leaves it to the server to hang up: the end does not wait."""
+    async with Chat(MONGODB_URI=mongo(), prelude=PATIENT) as chat, people(chat, None) as [person]:
+        with RawClient(person) as browser:
+            chat.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(list, browser.events())
+            browser.socket.sendall(client_frame(b"\x03\xe9", faults.CLOSE_FRAME))
+            assert await asyncio.to_thread(chat.wait, 8) == 0  # aiohttp would wait for 10
+
+
 # ---------------------------------------------------------------------------
 # The database may fail
 # ---------------------------------------------------------------------------

@@ -38,13 +38,13 @@ function send(event) {
   event.preventDefault();
   const text = box.value.trim();
   if (text === "" || [...text].length > textMax) return;
-  const number = parseInt([...outbox.keys()].at(-1) ?? "100000") + 1; // a reload sorts by it
+  const number = parseInt([...outbox.keys()].at(-1) ?? "100000") + 1; // keeps the order
   const random = crypto.getRandomValues(new Uint32Array(4)).join("-");
   transmit(addToOutbox({ key: `${number}-${random}`, text, failed: "" }));
   deadline = Math.min(deadline, Date.now() + 12_000); // time enough for a slow database
   box.value = "";
   onInput();
-  log.scrollTop = 0; // the bottom
+  log.scrollTop = 0; // 0 is the bottom
 }
 
 // Send a message, if we are connected. Twice does no harm: the server stores each key once.
