@@ -230,7 +230,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
         # Whatever happened: a client that stayed in the room would never be offline.
         room.clients.discard(client)
         # Some clients do not answer the close frame, and at the end of the program (GOING_AWAY),
-        # aiohttp reads no answers any more. So do not wait for ever.
+        # aiohttp reads no answers any more. So after some seconds, cut the connection.
         seconds = 0.5 if client.close_code is WSCloseCode.GOING_AWAY else 20
         asyncio.get_running_loop().call_later(seconds, transport.abort)
         # Send the close frame, whose code tells the reason, and wait for the client's answer.
@@ -247,8 +247,8 @@ async def read_pump(room: "Room", client: Client) -> None:
         await asyncio.sleep(0)
         if frame.type is WSMsgType.TEXT and client.end_id == sys.maxsize:  # not after end()
             reply = await handle_text(room, client, frame.data)
-            # The reply is an error (it has no "id"), or the message stored before under this key.
-            # If that message is above sent_id, write_pump() will send it.
+            # The reply is an error (no "id": send it), or the message stored before under this
+            # key. If that one is above sent_id, write_pump() sends it.
             if reply is not None and reply.get("id", 0) <= client.sent_id:
                 await client.ws.send_str(to_json([reply]))
         elif frame.type is WSMsgType.PING:
@@ -317,7 +317,7 @@ async def handle_text(room: "Room", client: Client, data: str) -> ChatEvent | No
 
 
 def is_valid_text(value: Any) -> bool:
-    """Whether it is a string that UTF-8 can encode: JSON may contain half a surrogate pair."""
+    """Whether it is a string that UTF-8 can encode: JSON may contain half of a character, a surrogate."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
@@ -397,8 +397,7 @@ async def read_session(request: web.Request) -> Session | None:
     with suppress(UnicodeError):  # a cookie that is not UTF-8 is none of ours
         session = await get_session(request)
         # Our JavaScript sends the name of the user whom its page was made for, as
-        # ?user=. Suppose Ann's page is open, and Ben logs in, in another tab. Now the
-        # cookie is Ben's. What Ann's page sends must not appear as his.
+        # ?user=. If somebody else logs in, in another tab, the cookie is another one's.
         if "id" in session and request.query.get("user", session["user"]) == session["user"]:
             return session
     return None
@@ -467,7 +466,7 @@ async def set_headers(request: web.Request, response: web.StreamResponse) -> Non
 # ---------------------------------------------------------------------------
 # 6. Databases
 # ---------------------------------------------------------------------------
-# MongoDB stores documents, which are like dictionaries, in collections:
+# The collections, and the fields of their documents:
 #   users             _id: the normalized login; login: as signed up; password: its hash
 #   messages          _id: 1, 2, 3, ...; user, key, text, time; process_id: who stored it
 #   presence          _id: a process; users: who is connected to it; expires_at
@@ -631,7 +630,7 @@ class Room:
         self.under_way: list[str] = []  # see limit_requests()
         self.elsewhere: set[str] = set()  # the users who are connected to other processes
         self.online: frozenset[str] = frozenset()  # all users, here and elsewhere
-        self.announced = self.online  # `online` when the pumps last woke: enter() wakes none
+        self.announced = self.online  # what all clients were told of it (enter() tells only the new one)
         # What the clients may see:
         self.newest_id = newest_id
         self.recent: list[ChatEvent] = []  # the newest messages, up to newest_id
@@ -693,8 +692,8 @@ class Room:
         """Publish what was stored after the last message that was published."""
         while page := await read_messages(self.db, self.newest_id + 1, self.newest_id + PAGE_SIZE):
             if page[0]["id"] > self.newest_id + 1 or page[-1]["id"] - page[0]["id"] >= len(page):
-                # A number is missing. A query is no snapshot: it may miss an insert and find a
-                # later one. Ask again: what is still missing was deleted by hand.
+                # A number is missing, at the start or inside: a query may miss an insert and find
+                # a later one. Ask again: what is still missing was deleted by hand.
                 page = await read_messages(self.db, self.newest_id + 1, page[-1]["id"])
             self.publish(page)
 
@@ -838,7 +837,7 @@ async def resync(room: Room) -> None:
     """Every second: see which sessions have ended, and what watch_messages() may have missed."""
     ids = [client.session["id"] for client in room.clients]
     revoked = {doc["_id"] async for doc in room.db.revoked_sessions.find({"_id": {"$in": ids}})}
-    await room.catch_up()  # then no `await`: a client that enters may have seen more
+    await room.catch_up()  # then no `await`, or a client who is ahead could come in
     # After a restart with an older backup, an open page may show messages that are gone. It is
     # treated like an ended session: the page goes to the login, and from there to a new page.
     ended = [c for c in room.clients if c.session["id"] in revoked or c.sent_id > room.newest_id]
@@ -984,9 +983,9 @@ INVISIBLE = "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100
 async def sign_up(request: web.Request) -> web.StreamResponse:
     """``POST /signup``: store a user, and start a session."""
     login, password = await read_form(request)
-    # \w means letters, digits and underscores of any script, but not marks (category M), such
-    # as vowel signs, which some scripts need.
     name = normalize("NFKC", login)
+    # \w means letters, digits and underscores of any script, but not marks (category M), such
+    # as vowel signs, which some scripts need: leave those out of the check.
     letters = "".join(char for char in name if category(char)[0] != "M")
     if not 3 <= len(name) <= 20 or not re.fullmatch(r"\w+", letters) or re.search(INVISIBLE, name):
         return render_form(request, "login", login=login)
@@ -1140,7 +1139,7 @@ def main() -> None:
     # Log what went wrong here, and not what clients do wrong: that would fill the disk.
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
     logging.getLogger("aiohttp.server").addFilter(is_not_bad_http)
-    # PyMongo's warnings may quote a password. In the log they are WARNING, which is not printed.
+    # PyMongo's warnings may quote a password. In the log, their level is not printed.
     logging.captureWarnings(True)
     if not re.fullmatch("(?i)1|true|yes|on|0|false|no|off", setting("HTTPS", "0")):
         sys.exit("chat.py: HTTPS must be 1 or 0")
