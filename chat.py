@@ -630,7 +630,7 @@ class Room:
         self.under_way: list[str] = []  # see limit_requests()
         self.elsewhere: set[str] = set()  # the users who are connected to other processes
         self.online: frozenset[str] = frozenset()  # all users, here and elsewhere
-        self.announced = self.online  # what all clients were told of it (enter() tells only the new one)
+        self.announced = self.online  # what all were told of it (enter() tells only the new one)
         # What the clients may see:
         self.newest_id = newest_id
         self.recent: list[ChatEvent] = []  # the newest messages, up to newest_id
