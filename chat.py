@@ -317,7 +317,7 @@ async def handle_text(room: "Room", client: Client, data: str) -> ChatEvent | No
 
 
 def is_valid_text(value: Any) -> bool:
-    """Whether it is a string that UTF-8 can encode: JSON may contain half of a character, a surrogate."""
+    """Whether it is a string that UTF-8 can encode: JSON may contain half a character (surrogate)."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
@@ -728,7 +728,7 @@ class Room:
         """Take all messages that wait, and store them together (group commit)."""
         async with self.lock:
             # First let the other tasks run, so that what has just arrived is still in this batch.
-            # (Four turns are measured: with fewer, fewer messages were stored; with twelve, no more.)
+            # (Four turns are measured: fewer turns stored fewer messages, and twelve no more.)
             for _ in range(4):
                 await asyncio.sleep(0)
             # No `await` in the next three lines: a message belongs to this batch or to

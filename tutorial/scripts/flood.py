@@ -1,4 +1,4 @@
-"""Mallory sends nonsense without pause, four times. Can Ann still chat? (With a chat of its own.)"""
+"""Mallory sends nonsense without pause, four times. Can Ann chat? (With a chat of its own.)"""
 
 import asyncio
 import time
