@@ -317,7 +317,7 @@ async def handle_text(room: "Room", client: Client, data: str) -> ChatEvent | No
 
 
 def is_valid_text(value: Any) -> bool:
-    """Whether it is a string that UTF-8 can encode: JSON may contain half a character (surrogate)."""
+    """Whether it is a string that UTF-8 can encode. (JSON may contain half a character.)"""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
