@@ -87,12 +87,10 @@ ROOM = web.AppKey["Room"]("ROOM")
 
 def create_app() -> web.Application:
     """Put the application together."""
-    # A middleware is a function around every handler. A request passes through them
-    # from first to last, and its response from last to first. So error_pages sees the
-    # errors of all others, and authorize can read the session.
-    middlewares = [error_pages, check_origin, session_cookies()]
-    middlewares += [limit_requests, authorize, db_handler]
-    app = web.Application(middlewares=middlewares, client_max_size=BODY_MAX)
+    # A request passes through the middlewares from first to last, and its response from last to
+    # first. So error_pages sees the errors of all others, and authorize can read the session.
+    layers = [error_pages, check_origin, session_cookies(), limit_requests, authorize, db_handler]
+    app = web.Application(middlewares=layers, client_max_size=BODY_MAX)
     app.add_routes(routes())
     set_up_templates(app)
     # aiohttp calls these functions:
@@ -204,14 +202,15 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
         max_msg_size=BODY_MAX + 1,  # aiohttp refuses a frame of exactly this size
         compress=False,  # to compress each frame for each client would halve the speed
         autoping=False,  # aiohttp would answer a flood of pings without letting others run
-        writer_limit=0,  # wait after each frame, not only after each 64 KB: see below
+        writer_limit=0,  # see set_write_buffer_limits() below
     )
     try:
         await ws.prepare(request)  # the handshake (101): from here on, only frames are sent
     except (ConnectionError, ValueError):  # the client is gone, or sent a broken header
         raise web.HTTPBadRequest(text="The handshake could not be completed.") from None
-    # writer_limit=0: aiohttp waits for the transport after each frame. high=0: until the buffer of
-    # the transport is empty. So send_frame() returns when the operating system has it all.
+    # writer_limit=0: aiohttp waits for the transport after each frame, not only after each 64 KB.
+    # high=0: it waits until the transport's buffer is empty. So send_frame() returns when the
+    # operating system has the whole frame.
     transport: Any = request.transport
     transport.set_write_buffer_limits(high=0)
     client = Client(ws, request["session"], sent_id)
@@ -247,8 +246,8 @@ async def read_pump(room: "Room", client: Client) -> None:
         await asyncio.sleep(0)
         if frame.type is WSMsgType.TEXT and client.end_id == sys.maxsize:  # not after end()
             reply = await handle_text(room, client, frame.data)
-            # The reply is an error (no "id": send it), or the message stored before under this
-            # key. If that one is above sent_id, write_pump() sends it.
+            # The reply is an error (no "id"), or the message stored before under this key. A message
+            # above sent_id is left to write_pump(): sent here, it would overtake those before it.
             if reply is not None and reply.get("id", 0) <= client.sent_id:
                 await client.ws.send_str(to_json([reply]))
         elif frame.type is WSMsgType.PING:
@@ -324,8 +323,8 @@ def is_valid_text(value: Any) -> bool:
 # ---------------------------------------------------------------------------
 # 5. Middlewares
 # ---------------------------------------------------------------------------
-# A middleware may answer the request itself, or pass it on, and it sees the
-# response on its way back.
+# A middleware is a function around every handler. It may answer the request
+# itself, or pass it on, and it sees the response on its way back.
 
 
 @web.middleware
@@ -630,7 +629,7 @@ class Room:
         self.under_way: list[str] = []  # see limit_requests()
         self.elsewhere: set[str] = set()  # the users who are connected to other processes
         self.online: frozenset[str] = frozenset()  # all users, here and elsewhere
-        self.announced = self.online  # what all were told of it (enter() tells only the new one)
+        self.entered = False  # whether somebody has come whom sync_presence() has not announced
         # What the clients may see:
         self.newest_id = newest_id
         self.recent: list[ChatEvent] = []  # the newest messages, up to newest_id
@@ -649,6 +648,7 @@ class Room:
         """
         self.clients.add(client)
         self.online |= {client.session["user"]}
+        self.entered = True
 
     def end(self, clients: Iterable[Client], code: WSCloseCode) -> None:
         """Close connections, each when its client has got all that there is now."""
@@ -692,8 +692,8 @@ class Room:
         """Publish what was stored after the last message that was published."""
         while page := await read_messages(self.db, self.newest_id + 1, self.newest_id + PAGE_SIZE):
             if page[0]["id"] > self.newest_id + 1 or page[-1]["id"] - page[0]["id"] >= len(page):
-                # A number is missing, at the start or inside: a query may miss an insert and find
-                # a later one. Ask again: what is still missing was deleted by hand.
+                # A number is missing, at the start or inside. A query during an insert may skip it,
+                # so ask again. What is still missing was deleted by hand.
                 page = await read_messages(self.db, self.newest_id + 1, page[-1]["id"])
             self.publish(page)
 
@@ -828,8 +828,9 @@ async def sync_presence(room: Room) -> None:
     room.elsewhere = {user async for process in others for user in process["users"]}
     # Look again: somebody may have come or gone while we waited.
     online = frozenset(room.elsewhere | {client.session["user"] for client in room.clients})
-    if online != room.online or online != room.announced:
-        room.online = room.announced = online
+    if room.entered or online != room.online:
+        room.online = online
+        room.entered = False
         room.wake()
 
 
@@ -837,9 +838,10 @@ async def resync(room: Room) -> None:
     """Every second: see which sessions have ended, and what watch_messages() may have missed."""
     ids = [client.session["id"] for client in room.clients]
     revoked = {doc["_id"] async for doc in room.db.revoked_sessions.find({"_id": {"$in": ids}})}
-    await room.catch_up()  # then no `await`, or a client who is ahead could come in
-    # After a restart with an older backup, an open page may show messages that are gone. It is
-    # treated like an ended session: the page goes to the login, and from there to a new page.
+    await room.catch_up()
+    # Now, and until the next `await`, no client here has seen more than this process. If one has,
+    # the database is an older backup, and its page shows messages that are gone. That is treated
+    # like an ended session: the page goes to the login, and from there to a new page.
     ended = [c for c in room.clients if c.session["id"] in revoked or c.sent_id > room.newest_id]
     if ended:
         room.end(ended, WSCloseCode.POLICY_VIOLATION)
@@ -947,9 +949,8 @@ def render_form(request: web.Request, error: str = "", **values: Any) -> web.Res
     """login.html or signup.html with these values. They never contain the password."""
     template = f"{request.match_info.route.name}.html"
     status = FORM_ERRORS.get(error, 200)
-    return aiohttp_jinja2.render_template(
-        template, request, values | {"error": error}, status=status
-    )
+    context = values | {"error": error}
+    return aiohttp_jinja2.render_template(template, request, context, status=status)
 
 
 async def read_form(request: web.Request) -> tuple[str, str]:
@@ -1139,7 +1140,7 @@ def main() -> None:
     # Log what went wrong here, and not what clients do wrong: that would fill the disk.
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
     logging.getLogger("aiohttp.server").addFilter(is_not_bad_http)
-    # PyMongo's warnings may quote a password. In the log, their level is not printed.
+    # PyMongo's warnings may quote a password. As a part of the log, they are left out (WARNING).
     logging.captureWarnings(True)
     if not re.fullmatch("(?i)1|true|yes|on|0|false|no|off", setting("HTTPS", "0")):
         sys.exit("chat.py: HTTPS must be 1 or 0")
