@@ -161,7 +161,7 @@ ChatEvent = dict[str, Any]
 
 
 def to_json(value: Any) -> str:
-    """Compact JSON. Letters of all scripts stay as they are: escaped, they would be longer."""
+    """Compact JSON. Letters such as "é" stay as they are: escaped, they would be longer."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -246,8 +246,8 @@ async def read_pump(room: "Room", client: Client) -> None:
         await asyncio.sleep(0)
         if frame.type is WSMsgType.TEXT and client.end_id == sys.maxsize:  # not after end()
             reply = await handle_text(room, client, frame.data)
-            # The reply is an error (no "id"), or the message stored before under this key. A message
-            # above sent_id is left to write_pump(): sent here, it would overtake those before it.
+            # The reply is an error (no "id"), or the message stored before under this key. If the
+            # client still lacks that one, write_pump() sends it: here, it would overtake others.
             if reply is not None and reply.get("id", 0) <= client.sent_id:
                 await client.ws.send_str(to_json([reply]))
         elif frame.type is WSMsgType.PING:
@@ -293,7 +293,7 @@ INVALID_MESSAGE = f"Messages must have 1 to {TEXT_MAX:,} characters, and keys 1 
 async def handle_text(room: "Room", client: Client, data: str) -> ChatEvent | None:
     """Store the message that a client sent. Return what only this client is to be told.
 
-    If all went well, this is None: the message comes back to its sender as it comes to everybody,
+    For a new message, this is None: the message comes back to its sender as it comes to everybody,
     and its key says that it is stored.
     """
     # Never trust what comes from outside: all of this may be anything that JSON can
@@ -692,8 +692,8 @@ class Room:
         """Publish what was stored after the last message that was published."""
         while page := await read_messages(self.db, self.newest_id + 1, self.newest_id + PAGE_SIZE):
             if page[0]["id"] > self.newest_id + 1 or page[-1]["id"] - page[0]["id"] >= len(page):
-                # A number is missing, at the start or inside. A query during an insert may skip it,
-                # so ask again. What is still missing was deleted by hand.
+                # The numbers are not all in a row. A query during an insert may skip some, so ask
+                # again. What is still missing was deleted by hand.
                 page = await read_messages(self.db, self.newest_id + 1, page[-1]["id"])
             self.publish(page)
 
@@ -839,9 +839,9 @@ async def resync(room: Room) -> None:
     ids = [client.session["id"] for client in room.clients]
     revoked = {doc["_id"] async for doc in room.db.revoked_sessions.find({"_id": {"$in": ids}})}
     await room.catch_up()
-    # Now, and until the next `await`, no client here has seen more than this process. If one has,
-    # the database is an older backup, and its page shows messages that are gone. That is treated
-    # like an ended session: the page goes to the login, and from there to a new page.
+    # After catch_up(), a client can be ahead only if the database is an older backup. The client's
+    # page then shows messages that are gone. That is treated like an ended session: the page goes
+    # to the login, and from there to a new page.
     ended = [c for c in room.clients if c.session["id"] in revoked or c.sent_id > room.newest_id]
     if ended:
         room.end(ended, WSCloseCode.POLICY_VIOLATION)
@@ -985,8 +985,8 @@ async def sign_up(request: web.Request) -> web.StreamResponse:
     """``POST /signup``: store a user, and start a session."""
     login, password = await read_form(request)
     name = normalize("NFKC", login)
-    # \w means letters, digits and underscores of any script, but not marks (category M), such
-    # as vowel signs, which some scripts need: leave those out of the check.
+    # \w means letters, digits and underscores, but not marks (category M), such as the vowel
+    # signs of some scripts: allow those, by leaving them out of the check.
     letters = "".join(char for char in name if category(char)[0] != "M")
     if not 3 <= len(name) <= 20 or not re.fullmatch(r"\w+", letters) or re.search(INVISIBLE, name):
         return render_form(request, "login", login=login)
@@ -1140,7 +1140,7 @@ def main() -> None:
     # Log what went wrong here, and not what clients do wrong: that would fill the disk.
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
     logging.getLogger("aiohttp.server").addFilter(is_not_bad_http)
-    # PyMongo's warnings may quote a password. As a part of the log, they are left out (WARNING).
+    # PyMongo's warnings may quote a password. In the log, their level (WARNING) is below ERROR.
     logging.captureWarnings(True)
     if not re.fullmatch("(?i)1|true|yes|on|0|false|no|off", setting("HTTPS", "0")):
         sys.exit("chat.py: HTTPS must be 1 or 0")
