@@ -193,8 +193,7 @@ async def websocket(request: web.Request) -> web.WebSocketResponse:
     """
     room = request.app[ROOM]
     # Read the URL first: after the handshake, no error (400) can be sent.
-    after = request.query.get("after", str(room.newest_id))
-    sent_id = parse_number(after or "0")
+    sent_id = parse_number(request.query.get("after", str(room.newest_id)) or "0")
     ws = web.WebSocketResponse(
         # If the client is silent for so many seconds, send a ping. If it stays silent for half as
         # many, take it for lost: a computer without a network cannot close its connection.
@@ -483,31 +482,30 @@ log = logging.getLogger("chat")
 async def database(app: web.Application) -> AsyncIterator[None]:
     """Connect to MongoDB and start the background tasks; stop everything at the end."""
     db = connect(MONGODB_URI or start_local_database())
-    try:
-        # 20 s: the servers may be electing a new primary, see connect(). exit_on(): section 10.
-        with exit_on("cannot use MONGODB_URI", PyMongoError), pymongo.timeout(20):
-            # A browser that got no answer sends the message again, with the same key.
-            # This index ensures that it is stored only once.
-            await db.messages.create_index(["user", "key"], unique=True)
-            # MongoDB deletes these documents when they have expired (TTL).
-            for collection in (db.presence, db.revoked_sessions, db.failed_logins):
-                await collection.create_index("expires_at", expireAfterSeconds=0)
-            newest = await db.messages.find_one(sort=[("_id", -1)])
-        room = app[ROOM] = Room(db, newest["_id"] if newest else 0)
-        # These run all the time, beside the handlers.
-        steps = (watch_messages, sync_presence, resync, keep_alive)
-        tasks = [asyncio.create_task(keep_running(step, room)) for step in steps]
-        # aiohttp runs this function up to here, accepts connections, and runs the rest of it
-        # when the program ends.
-        yield
-        for task in tasks:
-            task.cancel()
-        with suppress(PyMongoError), pymongo.timeout(0.5):
-            await db.presence.delete_one({"_id": room.process_id})
-    finally:
-        # Without a limit, this would wait 30 s for a database that is lost.
-        with pymongo.timeout(0.5):
-            db.client.close()
+    # 20 s: the servers may be electing a new primary, see connect(). exit_on(): section 10.
+    with exit_on("cannot use MONGODB_URI", PyMongoError), pymongo.timeout(20):
+        # A browser that got no answer sends the message again, with the same key.
+        # This index ensures that it is stored only once.
+        await db.messages.create_index(["user", "key"], unique=True)
+        # MongoDB deletes these documents when they have expired (TTL).
+        for collection in (db.presence, db.revoked_sessions, db.failed_logins):
+            await collection.create_index("expires_at", expireAfterSeconds=0)
+        newest = await db.messages.find_one(sort=[("_id", -1)])
+    room = app[ROOM] = Room(db, newest["_id"] if newest else 0)
+    # These run all the time, beside the handlers.
+    steps = (watch_messages, sync_presence, resync, keep_alive)
+    tasks = [asyncio.create_task(keep_running(step, room)) for step in steps]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop)  # section 10
+    # aiohttp runs this function up to here, accepts connections, and runs the rest of it
+    # when the program ends.
+    yield
+    for task in tasks:
+        task.cancel()
+    # Without a limit, this would wait 30 s for a database that is lost.
+    with suppress(PyMongoError), pymongo.timeout(0.5):
+        await db.presence.delete_one({"_id": room.process_id})
+        db.client.close()
 
 
 def start_local_database() -> str:
@@ -1160,19 +1158,22 @@ def is_not_bad_http(record: logging.LogRecord) -> bool:
     return record.exc_info is None or not isinstance(record.exc_info[1], http.HttpProcessingError)
 
 
+def stop() -> None:
+    """End run_app() at the first SIGTERM or Ctrl-C. Another one must not end the shutdown, too."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if not asyncio.get_running_loop().remove_signal_handler(number):
+            return  # this is another one: both came at the same moment
+        signal.signal(number, signal.SIG_IGN)
+    raise web.GracefulExit  # as aiohttp's own handler of signals does
+
+
 async def shut_down(app: web.Application) -> None:
     """Graceful shutdown: store what is being stored, then close all WebSockets (code 1001)."""
-    # Ignore further signals. (First remove aiohttp's handlers. If aiohttp did it later, that would
-    # undo SIG_IGN.)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().remove_signal_handler(number)
-        signal.signal(number, signal.SIG_IGN)
     # Wait for the batch that is being stored. We keep the lock, so no other one begins: browsers
     # send what is left to the next process.
-    room = app[ROOM]
-    await room.lock.acquire()
+    await app[ROOM].lock.acquire()
     await asyncio.sleep(0.3)  # for WebSockets that are being opened just now
-    room.end(room.clients, WSCloseCode.GOING_AWAY)
+    app[ROOM].end(app[ROOM].clients, WSCloseCode.GOING_AWAY)
     # aiohttp waits for the handlers, twice shutdown_timeout at most. Then it runs the rest of
     # database().
 
