@@ -245,8 +245,8 @@ async def read_pump(room: "Room", client: Client) -> None:
         await asyncio.sleep(0)
         if frame.type is WSMsgType.TEXT and client.end_id == sys.maxsize:  # not after end()
             reply = await handle_text(room, client, frame.data)
-            # The reply is an error (no "id"), or the message stored before under this key. If the
-            # client still lacks that one, write_pump() sends it: here, it would overtake others.
+            # The reply is an error (no "id"), or the message stored before under this key. If that
+            # message is newer than sent_id, leave it to write_pump(), which keeps the order.
             if reply is not None and reply.get("id", 0) <= client.sent_id:
                 await client.ws.send_str(to_json([reply]))
         elif frame.type is WSMsgType.PING:
@@ -502,7 +502,7 @@ async def database(app: web.Application) -> AsyncIterator[None]:
     yield
     for task in tasks:
         task.cancel()
-    # Without a limit, this would wait 30 s for a database that is lost.
+    # Without a limit, close() would wait 30 s for a database that is lost.
     with suppress(PyMongoError), pymongo.timeout(0.5):
         await db.presence.delete_one({"_id": room.process_id})
         db.client.close()
@@ -627,7 +627,7 @@ class Room:
         self.under_way: list[str] = []  # see limit_requests()
         self.elsewhere: set[str] = set()  # the users who are connected to other processes
         self.online: frozenset[str] = frozenset()  # all users, here and elsewhere
-        self.entered = False  # whether somebody has come whom sync_presence() has not announced
+        self.entered = False  # somebody is in `online` for whom no write pump was woken
         # What the clients may see:
         self.newest_id = newest_id
         self.recent: list[ChatEvent] = []  # the newest messages, up to newest_id
@@ -690,7 +690,7 @@ class Room:
         """Publish what was stored after the last message that was published."""
         while page := await read_messages(self.db, self.newest_id + 1, self.newest_id + PAGE_SIZE):
             if page[0]["id"] > self.newest_id + 1 or page[-1]["id"] - page[0]["id"] >= len(page):
-                # The numbers are not all in a row. A query during an insert may skip some, so ask
+                # A gap, before the page or in it. A query during an insert may skip numbers, so ask
                 # again. What is still missing was deleted by hand.
                 page = await read_messages(self.db, self.newest_id + 1, page[-1]["id"])
             self.publish(page)
@@ -1162,7 +1162,7 @@ def stop() -> None:
     """End run_app() at the first SIGTERM or Ctrl-C. Another one must not end the shutdown, too."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if not asyncio.get_running_loop().remove_signal_handler(number):
-            return  # this is another one: both came at the same moment
+            return  # stop() has run before: two signals came at once
         signal.signal(number, signal.SIG_IGN)
     raise web.GracefulExit  # as aiohttp's own handler of signals does
 

@@ -38,7 +38,7 @@ function send(event) {
   event.preventDefault();
   const text = box.value.trim();
   if (text === "" || [...text].length > textMax) return;
-  const number = parseInt([...outbox.keys()].at(-1) ?? "100000") + 1; // rises, so reloads can sort by key
+  const number = parseInt([...outbox.keys()].at(-1) ?? "100000") + 1; // rises: a reload sorts by it
   const random = crypto.getRandomValues(new Uint32Array(4)).join("-");
   transmit(addToOutbox({ key: `${number}-${random}`, text, failed: "" }));
   deadline = Math.min(deadline, Date.now() + 12_000); // time enough for a slow database
