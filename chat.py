@@ -645,8 +645,8 @@ class Room:
         If they were told at once, a thousand people who come at once would cost a million frames.
         """
         self.clients.add(client)
+        self.entered |= client.session["user"] not in self.online  # one more window is no news
         self.online |= {client.session["user"]}
-        self.entered = True
 
     def end(self, clients: Iterable[Client], code: WSCloseCode) -> None:
         """Close connections, each when its client has got all that there is now."""
@@ -837,9 +837,9 @@ async def resync(room: Room) -> None:
     ids = [client.session["id"] for client in room.clients]
     revoked = {doc["_id"] async for doc in room.db.revoked_sessions.find({"_id": {"$in": ids}})}
     await room.catch_up()
-    # After catch_up(), a client can be ahead only if the database is an older backup. The client's
-    # page then shows messages that are gone. That is treated like an ended session: the page goes
-    # to the login, and from there to a new page.
+    # After catch_up(), and before any other `await`, a client can be ahead only if the database is
+    # an older backup. The client's page then shows messages that are gone. That is treated like an
+    # ended session: the page goes to the login, and from there to a new page.
     ended = [c for c in room.clients if c.session["id"] in revoked or c.sent_id > room.newest_id]
     if ended:
         room.end(ended, WSCloseCode.POLICY_VIOLATION)

@@ -839,7 +839,7 @@ async def test_everything_arrives_before_the_close(mongo):
 @asynchronous
 @pytest.mark.parametrize("local", [False, True], ids=["SIGTERM", "Ctrl-C"])
 async def test_clean_end(mongo, house, local):
-    """Who ends the chat, even three times, loses nothing: each message is stored, or its sender knows."""
+    """Who ends the chat, even three times, loses nothing: it is stored, or its sender knows."""
     settings = {"folder": house} if local else {"MONGODB_URI": mongo()}
     number = signal.SIGINT if local else signal.SIGTERM
     async with Chat(**settings) as chat, people(chat, *[None] * 6) as them:

@@ -271,12 +271,11 @@ def section(path: Path, links: dict[str, dict[str, str]]) -> str:
     return f'<section id="{name}"><h2>{name}{to_file}</h2><pre>{html}</pre></section>\n'
 
 
-def entry(id: str, title: str, parts: Iterable[tuple[str, str]] = ()) -> str:
+def entry(id: str, title: str, parts: Iterable[tuple[str, str]] = (), minutes: str = "") -> str:
     """An entry of a table of contents, with those of its parts, and how long a chapter takes."""
     inner = "".join(entry(*part) for part in parts)
-    time = re.search(rf"\({id}\.md\) \| (\d+)", (TUTORIAL / "README.md").read_text())
-    minutes = f" <small>{time[1]} min</small>" if time else ""
-    return f'<li><a href="#{id}">{escape(title)}{minutes}</a>{inner and f"<ol>{inner}</ol>"}</li>\n'
+    time = minutes and f" <small>{minutes} min</small>"
+    return f'<li><a href="#{id}">{escape(title)}{time}</a>{inner and f"<ol>{inner}</ol>"}</li>\n'
 
 
 def page() -> str:
@@ -285,6 +284,11 @@ def page() -> str:
     chapters = [Chapter(path, files) for path in PARTS]
     parts = [(anchor(CHAT, each.banner), each.headings[0][1]) for each in chapters if each.banner]
     parts += [(anchor(path), anchor(path)) for path in files if path != CHAT]
+    minutes = dict(re.findall(r"\((\S+)\.md\) \| (\d+)", (TUTORIAL / "README.md").read_text()))
+    menu = "".join(
+        entry(*each.headings[0], each.headings[1:], minutes.get(each.headings[0][0], ""))
+        for each in chapters
+    )
     text = "".join(each.html for each in chapters)
     # The figures have the same styles. Once is enough, and only inside of figures.
     figure_styles = set(re.findall("<style>(.*?)</style>", text, re.DOTALL))
@@ -294,7 +298,7 @@ def page() -> str:
         icon=quote((ROOT / "static" / "icon.svg").read_text()),
         style=style,
         script=(HERE / "reader.js").read_text(),
-        chapters="".join(entry(*each.headings[0], each.headings[1:]) for each in chapters),
+        chapters=menu,
         text=text,
         contents="".join(entry(*each) for each in parts),
         code="".join(section(*each) for each in files.items()),
